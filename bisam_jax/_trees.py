@@ -1,0 +1,134 @@
+"""Operations on trees of parameters and gradients, with norms in float32 at least."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+Tree = Any
+
+
+def float_part(tree: Tree) -> Tree:
+    """The floating leaves, in float32 at least, and None in place of every other leaf.
+
+    Perturbations are computed on this part: integers, booleans and random keys have no direction
+    of ascent, and in bfloat16 most of a small perturbation would be rounded away.
+
+    Raises:
+        TypeError: at a complex leaf.
+    """
+
+    def cast(leaf: Any) -> Any:
+        if not is_floating(leaf):
+            return None
+        dtype = jnp.result_type(leaf)
+        if jnp.finfo(dtype).bits >= 32:
+            return leaf
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf.update(dtype=jnp.float32)
+        return jnp.asarray(leaf, jnp.float32)
+
+    return jax.tree.map(cast, tree)
+
+
+def is_floating(leaf: Any) -> bool:
+    """Whether a leaf is a real floating array or scalar.
+
+    Raises:
+        TypeError: at a complex leaf.
+    """
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    if jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"complex parameters are not supported, got a leaf of dtype {dtype}; "
+            "hold its real and its imaginary part as two parameters."
+        )
+    return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def fill_with_zeros(gradient: Tree, params: optax.Params) -> Tree:
+    """A gradient of the floating part, with zeros in place of None, in the parameters' dtypes.
+
+    Random keys, which have no zero, get JAX's float0.
+    """
+
+    def fill(p: Any, g: Any) -> Any:
+        if g is not None:
+            return jnp.asarray(g, jnp.result_type(p))
+        if jnp.issubdtype(p.dtype, jax.dtypes.extended):
+            return np.zeros(p.shape, jax.dtypes.float0)
+        return jnp.zeros_like(p)
+
+    return jax.tree.map(fill, params, gradient)
+
+
+def perturb(params: optax.Params, eps: Tree) -> optax.Params:
+    """`params + eps`, in float32 at least; leaves with None in `eps` stay as they are."""
+
+    def add(offset: Any, leaf: Any) -> Any:
+        if offset is None:
+            return leaf
+        dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+        return jnp.asarray(leaf, dtype) + jnp.asarray(offset, dtype)
+
+    return jax.tree.map(add, eps, params, is_leaf=lambda leaf: leaf is None)
+
+
+def scale_to_norm(tree: Tree, norm: jax.typing.ArrayLike) -> Tree:
+    """The tree scaled to the given global L2 norm, leaf dtypes kept; zero for a zero tree.
+
+    Every finite tree works: dividing by the largest magnitude before squaring keeps the squares of
+    float32 values as small as 1e-21 or as large as 1e19 in range. An infinite or NaN leaf makes
+    the whole result NaN. Leaves that are not floating count as zero.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if is_floating(leaf) and jnp.size(leaf) > 0]
+    if not leaves:
+        return jax.tree.map(jnp.zeros_like, tree)
+    dtype = functools.reduce(jnp.promote_types, map(jnp.result_type, leaves), jnp.float32)
+    magnitudes = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves]
+    # The result does not depend on the scale, so neither does its derivative.
+    scale = jax.lax.stop_gradient(functools.reduce(jnp.maximum, magnitudes))
+    is_zero = scale < jnp.finfo(dtype).tiny
+    scale = jnp.where(is_zero, 1, scale)
+    squares = sum(jnp.sum(jnp.square(jnp.asarray(leaf, dtype) / scale)) for leaf in leaves)
+    factor = jnp.where(
+        is_zero, 0, jnp.asarray(norm, dtype) / jnp.sqrt(jnp.where(is_zero, 1, squares))
+    )
+
+    def rescale(leaf: Any) -> jax.Array:
+        if not is_floating(leaf):
+            return jnp.zeros_like(leaf)
+        return (jnp.asarray(leaf, dtype) / scale * factor).astype(jnp.result_type(leaf))
+
+    return jax.tree.map(rescale, tree)
+
+
+def check_same_structure(name: str, tree: Tree, params: optax.Params) -> None:
+    """Raises unless `tree` has the leaves of `params`, in their shapes.
+
+    Raises:
+        ValueError: names `name`, the first leaf that differs and how.
+    """
+    got, expected = (
+        {
+            jax.tree_util.keystr(path): jnp.shape(leaf)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(part)[0]
+        }
+        for part in (tree, params)
+    )
+    for path in expected:
+        if path not in got:
+            raise ValueError(f"{name} does not match params: no leaf at {path or 'the root'}.")
+        if got[path] != expected[path]:
+            raise ValueError(
+                f"{name} does not match params: shape {got[path]} at {path or 'the root'}, "
+                f"where params has {expected[path]}."
+            )
+    for path in got:
+        if path not in expected:
+            raise ValueError(
+                f"{name} does not match params, which has no leaf at {path or 'the root'}."
+            )

@@ -1,0 +1,303 @@
+"""The sharpness-aware step from loss functions of a batch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.microbatching import AccumulationType, Accumulator, micro_vmap, microbatch
+
+from bisam_jax._checks import check_loss
+from bisam_jax._trees import fill_with_zeros, float_part, is_floating
+
+Batch = Any
+BatchLossFn = Callable[[optax.Params, Batch], Any]
+CleanFn = Callable[[optax.Params, Batch], tuple[jax.Array, Any]]
+Step = Callable[..., tuple[Any, optax.Updates, optax.OptState]]
+
+
+def value_and_grad(
+    tx: optax.GradientTransformation,
+    loss_fn: BatchLossFn,
+    perturbation_loss_fn: BatchLossFn | None = None,
+    *,
+    has_aux: bool = False,
+    group_size: int | None = None,
+    microbatch_size: int | None = None,
+) -> Step:
+    r"""A sharpness-aware counterpart of :func:`jax.value_and_grad`.
+
+    ``value_and_grad(tx, loss_fn, perturbation_loss_fn)(params, state, batch, **extra_args)`` makes
+    one clean pass, which differentiates ``perturbation_loss_fn`` (or ``loss_fn``, if that is None)
+    at ``params``, and one perturbed pass, which differentiates ``loss_fn`` where ``tx`` puts it. It
+    returns ``(value, grads, state)``, or ``((value, aux), grads, state)`` with ``has_aux``: value
+    and aux of the clean pass, the gradient for any optimizer, and the next state of ``tx``.
+
+    Args:
+        tx: :func:`bisam`, :func:`sam`, :func:`asam` or any other :func:`sharpness_aware`
+            transformation, alone or in a chain; ``state`` starts as ``tx.init(params)``.
+        loss_fn: ``loss_fn(params, batch)`` is the scalar loss to descend, a mean over the examples.
+        perturbation_loss_fn: likewise the scalar loss to ascend; the same as ``loss_fn`` by
+            default.
+        has_aux: whether the clean pass's function returns ``(value, aux)``. The other one may too,
+            its aux is dropped.
+        group_size: m of m-sharpness. Each group of ``group_size`` consecutive examples has a
+            perturbation of its own, and the descent gradients are averaged. All groups run at
+            once, each with its own perturbed parameters; ``microbatch_size`` bounds that. Of the
+            state's leaves, floating ones are averaged over the groups and others are the last
+            group's.
+        microbatch_size: compute on so many examples at a time, to save memory: one perturbation
+            from the mean ascent gradient, then the mean gradient there. With ``group_size``, of
+            which it must be a multiple, ``microbatch_size // group_size`` groups at a time.
+
+    Returns:
+        A pure function ``step(params, state, batch, **extra_args)``. ``batch`` is any tree of
+        arrays whose first axis is that of the examples, all of one length. With groups or
+        microbatches, aux has the shapes that the whole batch would give: leaves with an axis of
+        examples in front are joined in the examples' order, other floating leaves averaged.
+
+    Raises:
+        ValueError: if a size is not a positive integer, does not divide the batch (or the other
+            size), or if an array of the batch has no axis of examples; at trace time where it
+            depends on the batch.
+        TypeError: if ``loss_fn`` or ``perturbation_loss_fn`` does not return what ``has_aux``
+            says, or an aux leaf can neither be joined nor averaged.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from bisam_jax import bisam, perturbation_loss
+        >>> def loss_fn(w, batch):
+        ...     losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+        ...         batch["x"] @ w, batch["y"])
+        ...     return losses.mean()
+        >>> def perturbation_loss_fn(w, batch):
+        ...     logits = batch["x"] @ w
+        ...     return perturbation_loss(logits, batch["y"]).mean(), logits
+        >>> tx = bisam(rho=0.05)
+        >>> step = value_and_grad(tx, loss_fn, perturbation_loss_fn, has_aux=True)
+        >>> w = jnp.zeros((2, 3))
+        >>> batch = {"x": jnp.array([[1.0, 2.0], [2.0, -1.0]]), "y": jnp.array([0, 1])}
+        >>> (value, logits), grads, state = step(w, tx.init(w), batch)
+        >>> print(value, logits.shape)
+        1.0986123 (2, 3)
+
+    References:
+        Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
+        <https://arxiv.org/abs/2010.01412>`_, 2021, for m-sharpness
+
+    .. note:: Two gradients per example. m is part of the algorithm and not of the hardware: the
+        same batch gives the same numbers however it is laid over devices. Batch normalisation, by
+        contrast, sees one group or microbatch at a time. ``optax.MultiSteps`` around a
+        sharpness-aware step is neither of these options: it perturbs for every mini-batch it
+        accumulates.
+    """
+    tx = optax.with_extra_args_support(tx)
+    _check_sizes(group_size, microbatch_size)
+    clean_fn = _clean_pass_fn(loss_fn, perturbation_loss_fn, has_aux)
+    descent_fn = _descent_fn(loss_fn, has_aux)
+    if group_size is not None:
+        run = _grouped_step(tx, clean_fn, descent_fn, group_size, microbatch_size)
+    elif microbatch_size is not None:
+        run = _accumulated_step(tx, clean_fn, descent_fn, microbatch_size)
+    else:
+        run = _whole_step(tx, clean_fn, descent_fn)
+
+    def step(
+        params: optax.Params, state: optax.OptState, batch: Batch, **extra_args: Any
+    ) -> tuple[Any, optax.Updates, optax.OptState]:
+        _check_batch(batch, group_size=group_size, microbatch_size=microbatch_size)
+        (value, aux), grads, state = run(params, state, batch, **extra_args)
+        return ((value, aux) if has_aux else value), grads, state
+
+    return step
+
+
+def _whole_step(
+    tx: optax.GradientTransformationExtraArgs, clean_fn: CleanFn, descent_fn: BatchLossFn
+) -> Step:
+    clean_pass = _with_float_grad(jax.value_and_grad(clean_fn, has_aux=True, allow_int=True))
+
+    def step(params: Any, state: Any, batch: Batch, **extra_args: Any) -> tuple:
+        out, ascent = clean_pass(params, batch)
+        grads, state = tx.update(
+            fill_with_zeros(ascent, params),
+            state,
+            params,
+            loss_fn=lambda point: descent_fn(point, batch),
+            **extra_args,
+        )
+        return out, grads, state
+
+    return step
+
+
+def _accumulated_step(
+    tx: optax.GradientTransformationExtraArgs,
+    clean_fn: CleanFn,
+    descent_fn: BatchLossFn,
+    microbatch_size: int,
+) -> Step:
+    """Both gradients as means over microbatches, taken one after another."""
+    clean_pass = _with_float_grad(jax.value_and_grad(clean_fn, has_aux=True, allow_int=True))
+    descent_pass = _with_float_grad(jax.value_and_grad(descent_fn, allow_int=True))
+
+    def step(params: Any, state: Any, batch: Batch, **extra_args: Any) -> tuple:
+        aux_rule, aux_shapes = _rule_for_aux(clean_fn, params, batch, microbatch_size)
+        accumulator = ((_MEAN, aux_rule), _MEAN)
+        clean = microbatch(clean_pass, 1, microbatch_size, accumulator)
+        descent = microbatch(descent_pass, 1, microbatch_size, _MEAN)
+        (value, aux), ascent = clean(params, batch)
+        grads, state = tx.update(
+            fill_with_zeros(ascent, params),
+            state,
+            params,
+            grad_fn=lambda point: descent(point, batch)[1],
+            **extra_args,
+        )
+        return (value, _reshaped(aux, aux_shapes)), grads, state
+
+    return step
+
+
+def _grouped_step(
+    tx: optax.GradientTransformationExtraArgs,
+    clean_fn: CleanFn,
+    descent_fn: BatchLossFn,
+    group_size: int,
+    microbatch_size: int | None,
+) -> Step:
+    """The mean of one whole step a group."""
+    whole_step = _whole_step(tx, clean_fn, descent_fn)
+
+    def step(params: Any, state: Any, batch: Batch, **extra_args: Any) -> tuple:
+        def group_step(group: Batch) -> tuple:
+            out, grads, new_state = whole_step(params, state, group, **extra_args)
+            return out, float_part(grads), new_state
+
+        aux_rule, aux_shapes = _rule_for_aux(clean_fn, params, batch, group_size)
+        state_rule = jax.tree.map(lambda leaf: _MEAN if is_floating(leaf) else _LAST, state)
+        (value, aux), grads, state = micro_vmap(
+            group_step,
+            microbatch_size=microbatch_size and microbatch_size // group_size,
+            accumulator=((_MEAN, aux_rule), _MEAN, state_rule),
+        )(jax.tree.map(lambda x: x.reshape(-1, group_size, *x.shape[1:]), batch))
+        return (value, _reshaped(aux, aux_shapes)), fill_with_zeros(grads, params), state
+
+    return step
+
+
+_MEAN = AccumulationType.MEAN
+_LAST = Accumulator(
+    init=lambda value: jnp.zeros(value.shape, value.dtype),
+    update=lambda carry, value, index: value,
+    finalize=lambda carry: carry,
+    aggregate=lambda values: jnp.asarray(values)[-1],
+)
+
+
+def _clean_pass_fn(
+    loss_fn: BatchLossFn, perturbation_loss_fn: BatchLossFn | None, has_aux: bool
+) -> CleanFn:
+    """The function that the clean pass differentiates, as `(scalar, aux)`."""
+    name = "loss_fn" if perturbation_loss_fn is None else "perturbation_loss_fn"
+    fn = loss_fn if perturbation_loss_fn is None else perturbation_loss_fn
+
+    def clean_fn(params: optax.Params, batch: Batch) -> tuple[jax.Array, Any]:
+        out = fn(params, batch)
+        if has_aux and not _is_pair(out):
+            raise TypeError(
+                f"{name} makes the clean pass: with has_aux=True it must return (value, aux)."
+            )
+        value, aux = out if has_aux else (out, None)
+        return check_loss(name, value), aux
+
+    return clean_fn
+
+
+def _descent_fn(loss_fn: BatchLossFn, has_aux: bool) -> BatchLossFn:
+    """The function that the perturbed pass differentiates, without any aux."""
+
+    def descent_fn(params: optax.Params, batch: Batch) -> jax.Array:
+        out = loss_fn(params, batch)
+        return check_loss("loss_fn", out[0] if has_aux and _is_pair(out) else out)
+
+    return descent_fn
+
+
+def _with_float_grad(fn: Callable) -> Callable:
+    """A `value_and_grad` function with the floating part of the gradient, in float32 at least."""
+
+    def with_float_grad(params: optax.Params, batch: Batch) -> tuple[Any, optax.Updates]:
+        out, grad = fn(params, batch)
+        return out, float_part(grad)
+
+    return with_float_grad
+
+
+def _is_pair(out: Any) -> bool:
+    return isinstance(out, tuple) and len(out) == 2
+
+
+def _rule_for_aux(
+    clean_fn: Callable, params: optax.Params, batch: Batch, size: int
+) -> tuple[Any, Any]:
+    """How to put aux together from parts of `size` examples, and the shapes it is to have.
+
+    What has an axis of examples is told by tracing `clean_fn` on the whole batch and on a part.
+    """
+    whole = jax.eval_shape(clean_fn, params, batch)[1]
+    part = jax.eval_shape(clean_fn, params, jax.tree.map(lambda x: x[:size], batch))[1]
+
+    def rule(path: Any, whole: jax.ShapeDtypeStruct, part: jax.ShapeDtypeStruct) -> Any:
+        if whole.shape != part.shape:
+            return AccumulationType.CONCAT
+        if jnp.issubdtype(whole.dtype, jnp.floating):
+            return _MEAN
+        raise TypeError(
+            f"the aux leaf at {jax.tree_util.keystr(path) or 'the root'}, "
+            f"{whole.dtype}{list(whole.shape)}, can be neither joined nor averaged over groups or "
+            "microbatches: return one value an example, or a floating mean."
+        )
+
+    return jax.tree_util.tree_map_with_path(rule, whole, part), whole
+
+
+def _reshaped(tree: Any, shapes: Any) -> Any:
+    return jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), tree, shapes)
+
+
+def _check_sizes(group_size: int | None, microbatch_size: int | None) -> None:
+    for name, size in (("group_size", group_size), ("microbatch_size", microbatch_size)):
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f"{name} must be a positive integer or None, got {size!r}.")
+    if group_size and microbatch_size and microbatch_size % group_size:
+        raise ValueError(
+            f"microbatch_size must be a multiple of group_size, got {microbatch_size} and "
+            f"{group_size}: a group's perturbation needs all of its examples at once."
+        )
+
+
+def _check_batch(batch: Batch, **sizes: int | None) -> None:
+    if all(size is None for size in sizes.values()):
+        return
+    lengths = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
+        place = f"batch{jax.tree_util.keystr(path)}"
+        if jnp.ndim(leaf) == 0:
+            raise ValueError(
+                f"{place} is a scalar, but groups and microbatches split every array of the batch "
+                "along its first axis: give it one entry an example, or let the loss function "
+                "close over it."
+            )
+        lengths[place] = jnp.shape(leaf)[0]
+    if len(set(lengths.values())) != 1:
+        raise ValueError(
+            f"the arrays of batch must have one number of examples, got {lengths or 'no arrays'}."
+        )
+    (length,) = set(lengths.values())
+    for name, size in sizes.items():
+        if size is not None and length % size:
+            raise ValueError(
+                f"{name} must divide the batch, got {name}={size} for {length} examples."
+            )

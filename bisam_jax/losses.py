@@ -1,0 +1,242 @@
+"""Margins, lower bounds of the 0-1 loss, and BiSAM's perturbation loss.
+
+Everything here is per example, as in `optax.losses`: the caller takes the mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from bisam_jax._checks import check_scalar
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+LowerBound = Callable[[jax.Array], jax.Array]
+
+_INVERSE_E = math.exp(-1.0)
+_GAMMA = math.log(math.e - 1.0)
+
+
+def margins(
+    logits: Float[ArrayLike, "*batch classes"],
+    labels: Int[ArrayLike, "*batch"],
+    *,
+    axis: int = -1,
+) -> Float[Array, "*batch classes"]:
+    r"""How far each class's logit is above the true one's.
+
+    With :math:`f` the ``logits`` and :math:`y` the ``labels``, returns
+    :math:`F_j = f_j - f_y`. A positive entry is a class the model prefers to the true one, and
+    :math:`F_y = 0`.
+
+    Args:
+        logits: unnormalised log probabilities, floating, with the classes along ``axis``.
+        labels: integers in ``[0, classes)``, of the shape of ``logits`` without ``axis``.
+            A label beyond the last class gives NaN.
+        axis: where the classes are.
+
+    Returns:
+        An array of the shape of ``logits``, float32 for narrower logits.
+
+    Raises:
+        TypeError: if ``logits`` are not floating or ``labels`` not integers.
+        ValueError: if the shapes do not fit.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> print(margins(jnp.array([[2.0, 1.0, 4.0]]), jnp.array([0])))
+        [[ 0. -1.  2.]]
+    """
+    logits, labels = _checked(logits, labels, axis)
+    labels = jnp.expand_dims(labels, axis)
+    true_logit = jnp.take_along_axis(logits, labels, axis=axis)
+    classes = jax.lax.broadcasted_iota(labels.dtype, logits.shape, axis % logits.ndim)
+    # The true class is a constant: subtracting its logit from itself would leave, in the
+    # gradient, a difference of equal large terms that drowns the tiny ones of a confident example.
+    return jnp.where(classes == labels, 0.0, logits - true_logit)
+
+
+def log_lower_bound(x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
+    r"""The lower bound of the 0-1 loss used by BiSAM (-log).
+
+    Returns :math:`\phi(x) = 1 - \log(1 + e^{\gamma - x})` with :math:`\gamma = \log(e - 1)`. It
+    is increasing, zero at zero, linear far below it, and never above :math:`1[x > 0]`.
+
+    Args:
+        x: margins, floating, of any shape.
+
+    Returns:
+        An array of the shape of ``x``, float32 for narrower ``x``.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> jnp.set_printoptions(precision=4, suppress=True)
+        >>> print(log_lower_bound(jnp.array([-2.0, 0.0, 2.0])))
+        [-1.6171  0.      0.7909]
+
+    References:
+        Xie et al., `Improving SAM Requires Rethinking its Optimization Formulation
+        <https://arxiv.org/abs/2407.12993>`_, 2024, section 4.
+
+    .. note:: The authors' code takes :math:`\phi(x) = x + 1 - \gamma` for
+        :math:`x < \gamma - 20`, which is 2e-9 more.
+    """
+    x = _at_least_float32(jnp.asarray(x))
+    # phi = -log(1/e + (1 - 1/e) exp(-x)), in two branches so that no exponential overflows, and
+    # so that the rounded phi too is 0 at 0 and never above the 0-1 loss.
+    below = x < 0
+    decay = jnp.exp(jnp.where(below, x, -x))
+    inner = jnp.where(
+        below,
+        (1 - _INVERSE_E) + _INVERSE_E * decay,
+        _INVERSE_E + (1 - _INVERSE_E) * decay,
+    )
+    return jnp.where(below, x, 0.0) - jnp.log(inner)
+
+
+def tanh_lower_bound(x: Float[ArrayLike, "..."], alpha: ArrayLike = 0.1) -> Float[Array, "..."]:
+    r"""The lower bound of the 0-1 loss used by BiSAM (tanh).
+
+    Returns :math:`\phi(x) = \tanh(\alpha x)`, with :math:`\alpha` (``alpha``) the slope at zero.
+
+    Args:
+        x: margins, floating, of any shape.
+        alpha: a positive scalar, possibly traced.
+
+    Returns:
+        An array of the shape of ``x``, float32 for narrower ``x``.
+
+    Raises:
+        ValueError: if a concrete ``alpha`` is not a positive finite scalar.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> jnp.set_printoptions(precision=4, suppress=True)
+        >>> print(tanh_lower_bound(jnp.array([-2.0, 0.0, 2.0])))
+        [-0.1974  0.      0.1974]
+
+    References:
+        Xie et al., `Improving SAM Requires Rethinking its Optimization Formulation
+        <https://arxiv.org/abs/2407.12993>`_, 2024, section 4.
+    """
+    check_scalar("alpha", alpha, minimum=0.0, exclusive=True)
+    x = _at_least_float32(jnp.asarray(x))
+    return jnp.tanh(jnp.asarray(alpha, x.dtype) * x)
+
+
+def perturbation_loss(
+    logits: Float[ArrayLike, "*batch classes"],
+    labels: Int[ArrayLike, "*batch"],
+    *,
+    lower_bound: LowerBound = log_lower_bound,
+    mu: ArrayLike = 1.0,
+    axis: int = -1,
+    where: Bool[ArrayLike, "*batch classes"] | None = None,
+) -> Float[Array, "*batch"]:
+    r"""BiSAM's perturbation loss: a smooth lower bound of the 0-1 loss, to be maximised.
+
+    With the margins :math:`F` of ``logits`` and ``labels``, :math:`\phi` (``lower_bound``) and
+    :math:`\mu` (``mu``), returns for each example
+
+    .. math:: Q = \frac{1}{\mu} \log \sum_j e^{\mu \phi(F_j)},
+
+    where :math:`j` runs over all classes, the true one included. It exceeds
+    :math:`\max_j \phi(F_j)` by at most :math:`\log(K)/\mu` for :math:`K` classes.
+
+    Args:
+        logits: unnormalised log probabilities, floating, with the classes along ``axis``.
+        labels: integers in ``[0, classes)``, of the shape of ``logits`` without ``axis``.
+        lower_bound: any function from margins to an array of their shape.
+            :func:`log_lower_bound` by default; for the paper's tanh variant, with its slope:
+            ``functools.partial(tanh_lower_bound, alpha=0.1)`` and ``mu=10``.
+        mu: a positive scalar, possibly traced; the larger, the closer to the maximum.
+        axis: where the classes are.
+        where: which classes take part: booleans of the shape of ``logits`` or ``labels``, as in
+            :func:`optax.losses.softmax_cross_entropy`. An example with no class left gives 0.
+
+    Returns:
+        An array of the shape of ``labels``, float32 for narrower logits. Values and gradients
+        are finite for all finite logits.
+
+    Raises:
+        TypeError: if ``logits`` are not floating, ``labels`` not integers, ``where`` not booleans.
+        ValueError: if the shapes do not fit, or a concrete ``mu`` is not a positive finite scalar.
+
+    Examples:
+        >>> import functools
+        >>> import jax.numpy as jnp
+        >>> jnp.set_printoptions(precision=4, suppress=True)
+        >>> logits, labels = jnp.array([[2.0, 1.0, 4.0], [9.0, 1.0, 0.0]]), jnp.array([0, 0])
+        >>> print(perturbation_loss(logits, labels))
+        [1.3042 0.0007]
+        >>> tanh = functools.partial(tanh_lower_bound, alpha=0.1)
+        >>> print(perturbation_loss(logits, labels, lower_bound=tanh, mu=10.0))
+        [0.2148 0.0002]
+
+    References:
+        Xie et al., `Improving SAM Requires Rethinking its Optimization Formulation
+        <https://arxiv.org/abs/2407.12993>`_, 2024, section 4.
+
+    .. note:: The authors' published code leaves out :math:`1/\mu`; the direction of the gradient,
+        all that a normalised perturbation uses, is the same.
+    """
+    check_scalar("mu", mu, minimum=0.0, exclusive=True)
+    margin = margins(logits, labels, axis=axis)
+    if where is not None:
+        where = _class_mask(where, margin.shape, axis)
+        # Masked logits may be infinite: they go before phi, to keep NaN out of the gradient.
+        margin = jnp.where(where, margin, 0.0)
+    elif lower_bound is log_lower_bound and isinstance(mu, (int, float)) and mu == 1:
+        # exp(phi(x)) = e sigmoid(x - gamma): the paper's default needs one exponential a class
+        # instead of two and a logarithm, and costs what the cross-entropy does.
+        return 1 + jnp.log(jnp.sum(jax.nn.sigmoid(margin - _GAMMA), axis=axis))
+    mu = jnp.asarray(mu, margin.dtype)
+    loss = jax.nn.logsumexp(mu * lower_bound(margin), axis=axis, where=where) / mu
+    return loss if where is None else jnp.where(jnp.any(where, axis=axis), loss, 0.0)
+
+
+def _checked(logits: ArrayLike, labels: ArrayLike, axis: int) -> tuple[jax.Array, jax.Array]:
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"logits must be floating, got dtype {logits.dtype}.")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(
+            f"labels must be integers (class indices), got dtype {labels.dtype}; "
+            "for one-hot labels, pass labels.argmax(-1)."
+        )
+    if not -logits.ndim <= axis < logits.ndim:
+        raise ValueError(f"axis {axis} is out of bounds for logits of shape {logits.shape}.")
+    axis %= logits.ndim
+    expected = logits.shape[:axis] + logits.shape[axis + 1 :]
+    if labels.shape != expected:
+        raise ValueError(
+            f"labels must have the shape of logits without axis {axis}, {expected}, got "
+            f"{labels.shape} for logits of shape {logits.shape}."
+        )
+    return _at_least_float32(logits), labels
+
+
+def _class_mask(where: ArrayLike, shape: tuple[int, ...], axis: int) -> jax.Array:
+    mask = jnp.asarray(where)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(f"where must be booleans, got dtype {mask.dtype}.")
+    if mask.ndim == len(shape) - 1:
+        mask = jnp.expand_dims(mask, axis)
+    try:
+        return jnp.broadcast_to(mask, shape)
+    except ValueError:
+        raise ValueError(
+            f"where must have the shape of logits, {shape}, or of labels, got {jnp.shape(where)}."
+        ) from None
+
+
+def _at_least_float32(x: jax.Array) -> jax.Array:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"margins must be floating, got dtype {x.dtype}.")
+    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x

@@ -1,0 +1,185 @@
+"""Perturbations: optax transformations from the ascent gradient to eps.
+
+`update(gradient, state, params)` returns the perturbation itself: what is added to the parameters,
+pointing uphill, and not a descent update. Pipelines are an `optax.chain` ending in a ball:
+`optax.transforms.freeze(mask)` before it perturbs only some leaves, and
+`optax.stateless(lambda g, _: jax.lax.pmean(g, axis_name))` before it gives all devices the same
+perturbation.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bisam_jax._checks import check_scalar
+from bisam_jax._trees import check_same_structure, scale_to_norm
+
+
+class ScheduledRadiusState(NamedTuple):
+    """State of a ball whose radius follows a schedule; with a constant radius there is none.
+
+    Attributes:
+        radius_count: int32 scalar, the number of perturbations made so far.
+    """
+
+    radius_count: jax.Array
+
+
+def l2_ball(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    r"""The worst point of a ball, to first order (SAM, BiSAM).
+
+    With :math:`g` the incoming gradient and :math:`\rho` (``rho``), returns
+
+    .. math:: \epsilon = \rho\, g / \lVert g \rVert_2,
+
+    where the norm is over all leaves together, and :math:`\epsilon = 0` for :math:`g = 0`.
+
+    Args:
+        rho: radius of the ball, in the units of the parameters: a scalar, possibly traced, or a
+            schedule, called with the number of perturbations made so far.
+
+    Returns:
+        A transformation whose updates are the perturbation, of the gradient's dtypes.
+
+    Raises:
+        TypeError: if ``rho`` is neither a real number nor a callable.
+        ValueError: if a concrete ``rho`` is not a finite scalar >= 0.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> jnp.set_printoptions(precision=4, suppress=True)
+        >>> ball = l2_ball(rho=0.5)
+        >>> eps, _ = ball.update({"w": jnp.array([3.0, 4.0])}, ball.init(None))
+        >>> print(eps["w"])
+        [0.3 0.4]
+
+    References:
+        Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
+        <https://arxiv.org/abs/2010.01412>`_, 2021
+
+    .. note:: No gradients of its own; state only for a schedule, one counter. Published codes add
+        1e-12 or so to the norm; here nothing is added, so that a gradient of 1e-21 in float32 still
+        gives a perturbation of norm ``rho``. Infinities and NaN make all of the perturbation NaN.
+    """
+    return _ball(rho, lambda gradient, radius, params: scale_to_norm(gradient, radius))
+
+
+def adaptive_l2_ball(
+    rho: optax.ScalarOrSchedule,
+    eta: jax.typing.ArrayLike = 0.01,
+    where: optax.Params | Callable[[optax.Params], Any] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""The worst point of an ellipsoid whose axes follow each weight's size (ASAM).
+
+    With :math:`g` the incoming gradient, :math:`T = |w| + \eta` (``eta``) and :math:`\rho`
+    (``rho``), returns
+
+    .. math:: \epsilon = \rho\, T^2 g / \lVert T g \rVert_2,
+
+    so that :math:`\lVert T^{-1} \epsilon \rVert_2 = \rho`, and :math:`\epsilon = 0` for :math:`g =
+    0`.
+
+    Args:
+        rho: radius relative to the weights' sizes: a scalar, possibly traced, or a schedule,
+            called with the number of perturbations made so far.
+        eta: added to each weight's size; a scalar >= 0, possibly traced.
+        where: which leaves get :math:`T`; elsewhere :math:`T = 1`. A tree of booleans with the
+            structure of the parameters or a prefix of it, or a function from the parameters to
+            one; all leaves by default.
+
+    Returns:
+        A transformation whose updates are the perturbation; its ``update`` needs ``params``.
+
+    Raises:
+        TypeError: if ``rho`` is neither a real number nor a callable, or ``eta`` no real number.
+        ValueError: if a concrete ``rho`` or ``eta`` is not a finite scalar >= 0; in ``update``, if
+            ``params`` is missing or ``where`` does not fit it.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> jnp.set_printoptions(precision=4, suppress=True)
+        >>> ball = adaptive_l2_ball(rho=0.5, eta=0.0)
+        >>> params = {"w": jnp.array([3.0, 4.0])}
+        >>> eps, _ = ball.update({"w": jnp.array([1.0, 1.0])}, ball.init(params), params)
+        >>> print(eps["w"])
+        [0.9 1.6]
+
+    References:
+        Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of
+        Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, 2021
+
+    .. note:: No gradients of its own; state only for a schedule, one counter. The ASAM authors'
+        code scales the arrays named "weight" and not biases: pass
+        ``where=lambda params: jax.tree.map(lambda w: w.ndim > 1, params)`` for that, in models
+        without normalisation scales. The BiSAM authors' adaptive variant is ``eta=0``.
+    """
+    check_scalar("eta", eta, minimum=0.0)
+
+    def worst_point(
+        gradient: optax.Updates, radius: Any, params: optax.Params | None
+    ) -> optax.Updates:
+        if params is None:
+            raise ValueError(
+                "adaptive_l2_ball needs the parameters: call update(gradient, state, params)."
+            )
+        check_same_structure("the gradient", gradient, params)
+        sizes = _sizes(params, gradient, eta, where)
+        scaled = jax.tree.map(lambda size, g: size * g, sizes, gradient)
+        return jax.tree.map(lambda size, u: size * u, sizes, scale_to_norm(scaled, radius))
+
+    return _ball(rho, worst_point)
+
+
+def _ball(
+    rho: optax.ScalarOrSchedule,
+    worst_point: Callable[[optax.Updates, Any, optax.Params | None], optax.Updates],
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation by `worst_point(gradient, radius, params)` that keeps the radius's count."""
+    if not callable(rho):
+        check_scalar("rho", rho, minimum=0.0)
+
+    def init_fn(params: optax.Params) -> optax.OptState:
+        del params
+        return (
+            ScheduledRadiusState(jnp.zeros([], jnp.int32)) if callable(rho) else optax.EmptyState()
+        )
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        del extra_args
+        if not callable(rho):
+            return worst_point(updates, rho, params), state
+        eps = worst_point(updates, rho(state.radius_count), params)
+        count = jnp.asarray(optax.safe_increment(state.radius_count))
+        return eps, ScheduledRadiusState(count)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _sizes(params: optax.Params, gradient: optax.Updates, eta: Any, where: Any) -> optax.Params:
+    """T of each leaf, in the gradient's dtype."""
+    mask = True if where is None else where(params) if callable(where) else where
+
+    def size(use: Any, w: jax.Array, g: jax.Array) -> jax.Array:
+        dtype = jnp.result_type(g)
+        return (
+            jnp.abs(jnp.asarray(w, dtype)) + jnp.asarray(eta, dtype) if use else jnp.ones((), dtype)
+        )
+
+    def sizes(use: Any, w: optax.Params, g: optax.Updates) -> optax.Params:
+        return jax.tree.map(lambda w, g: size(use, w, g), w, g)
+
+    try:
+        return jax.tree.map(sizes, mask, params, gradient)
+    except ValueError as error:
+        raise ValueError(
+            "where must be a tree of booleans with the structure of params or a prefix of it, got "
+            f"{jax.tree.structure(mask)} for {jax.tree.structure(params)}."
+        ) from error
