@@ -24,8 +24,7 @@ def float_part(tree: Tree) -> Tree:
     def cast(leaf: Any) -> Any:
         if not is_floating(leaf):
             return None
-        dtype = jnp.result_type(leaf)
-        if jnp.finfo(dtype).bits >= 32:
+        if at_least_float32(_dtype(leaf)) == _dtype(leaf):
             return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return leaf.update(dtype=jnp.float32)
@@ -40,13 +39,22 @@ def is_floating(leaf: Any) -> bool:
     Raises:
         TypeError: at a complex leaf.
     """
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    dtype = _dtype(leaf)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
             f"complex parameters are not supported, got a leaf of dtype {dtype}; "
             "hold its real and its imaginary part as two parameters."
         )
     return bool(jnp.issubdtype(dtype, jnp.floating))
+
+
+def at_least_float32(*dtypes: Any) -> Any:
+    """The widest of the given floating dtypes and float32."""
+    return max(*dtypes, jnp.dtype(jnp.float32), key=lambda dtype: jnp.finfo(dtype).bits)
+
+
+def _dtype(leaf: Any) -> Any:
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
 def fill_with_zeros(gradient: Tree, params: optax.Params) -> Tree:
@@ -57,8 +65,8 @@ def fill_with_zeros(gradient: Tree, params: optax.Params) -> Tree:
 
     def fill(p: Any, g: Any) -> Any:
         if g is not None:
-            return jnp.asarray(g, jnp.result_type(p))
-        if jnp.issubdtype(p.dtype, jax.dtypes.extended):
+            return jnp.asarray(g, _dtype(p))
+        if jnp.issubdtype(_dtype(p), jax.dtypes.extended):
             return np.zeros(p.shape, jax.dtypes.float0)
         return jnp.zeros_like(p)
 
@@ -71,7 +79,7 @@ def perturb(params: optax.Params, eps: Tree) -> optax.Params:
     def add(offset: Any, leaf: Any) -> Any:
         if offset is None:
             return leaf
-        dtype = jnp.promote_types(jnp.result_type(leaf), jnp.float32)
+        dtype = at_least_float32(_dtype(leaf))
         return jnp.asarray(leaf, dtype) + jnp.asarray(offset, dtype)
 
     return jax.tree.map(add, eps, params, is_leaf=lambda leaf: leaf is None)
@@ -87,21 +95,22 @@ def scale_to_norm(tree: Tree, norm: jax.typing.ArrayLike) -> Tree:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if is_floating(leaf) and jnp.size(leaf) > 0]
     if not leaves:
         return jax.tree.map(jnp.zeros_like, tree)
-    dtype = functools.reduce(jnp.promote_types, map(jnp.result_type, leaves), jnp.float32)
+    dtype = at_least_float32(*map(_dtype, leaves))
     magnitudes = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves]
     # The result does not depend on the scale, so neither does its derivative.
-    scale = jax.lax.stop_gradient(functools.reduce(jnp.maximum, magnitudes))
-    is_zero = scale < jnp.finfo(dtype).tiny
-    scale = jnp.where(is_zero, 1, scale)
+    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, magnitudes))
+    tiny = jnp.finfo(dtype).tiny
+    is_zero = largest < tiny
+    # XLA divides by multiplying with the reciprocal, which must not be subnormal.
+    scale = jnp.clip(largest, tiny, 1 / tiny)
     squares = sum(jnp.sum(jnp.square(jnp.asarray(leaf, dtype) / scale)) for leaf in leaves)
-    factor = jnp.where(
-        is_zero, 0, jnp.asarray(norm, dtype) / jnp.sqrt(jnp.where(is_zero, 1, squares))
-    )
+    factor = jnp.asarray(norm, dtype) / jnp.sqrt(jnp.where(is_zero, 1, squares))
+    factor = jnp.where(is_zero, 0, jnp.where(jnp.isinf(largest), jnp.nan, factor))
 
     def rescale(leaf: Any) -> jax.Array:
         if not is_floating(leaf):
             return jnp.zeros_like(leaf)
-        return (jnp.asarray(leaf, dtype) / scale * factor).astype(jnp.result_type(leaf))
+        return (jnp.asarray(leaf, dtype) / scale * factor).astype(_dtype(leaf))
 
     return jax.tree.map(rescale, tree)
 

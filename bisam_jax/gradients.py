@@ -189,7 +189,7 @@ def _grouped_step(
 
 _MEAN = AccumulationType.MEAN
 _LAST = Accumulator(
-    init=lambda value: jnp.zeros(value.shape, value.dtype),
+    init=optax.tree.zeros_like,
     update=lambda carry, value, index: value,
     finalize=lambda carry: carry,
     aggregate=lambda values: jnp.asarray(values)[-1],

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from bisam_jax._checks import check_scalar
+from bisam_jax._trees import at_least_float32
 
 if TYPE_CHECKING:
     from jaxtyping import Array, ArrayLike, Bool, Float, Int
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 LowerBound = Callable[[jax.Array], jax.Array]
 
 _INVERSE_E = math.exp(-1.0)
-_GAMMA = math.log(math.e - 1.0)
 
 
 def margins(
@@ -92,12 +92,8 @@ def log_lower_bound(x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
     # so that the rounded phi too is 0 at 0 and never above the 0-1 loss.
     below = x < 0
     decay = jnp.exp(jnp.where(below, x, -x))
-    inner = jnp.where(
-        below,
-        (1 - _INVERSE_E) + _INVERSE_E * decay,
-        _INVERSE_E + (1 - _INVERSE_E) * decay,
-    )
-    return jnp.where(below, x, 0.0) - jnp.log(inner)
+    constant = jnp.where(below, 1 - _INVERSE_E, _INVERSE_E)
+    return jnp.where(below, x, 0.0) - jnp.log(constant + (1 - constant) * decay)
 
 
 def tanh_lower_bound(x: Float[ArrayLike, "..."], alpha: ArrayLike = 0.1) -> Float[Array, "..."]:
@@ -190,15 +186,49 @@ def perturbation_loss(
     margin = margins(logits, labels, axis=axis)
     if where is not None:
         where = _class_mask(where, margin.shape, axis)
-        # Masked logits may be infinite: they go before phi, to keep NaN out of the gradient.
-        margin = jnp.where(where, margin, 0.0)
+        # Masked logits may be infinite: they go before phi, to keep NaN out of the gradient. Without
+        # the true class, even the largest margin may be beyond the range.
+        limit = jnp.finfo(margin.dtype).max
+        margin = jnp.clip(jnp.where(where, margin, 0.0), -limit, limit)
     elif lower_bound is log_lower_bound and isinstance(mu, (int, float)) and mu == 1:
-        # exp(phi(x)) = e sigmoid(x - gamma): the paper's default needs one exponential a class
-        # instead of two and a logarithm, and costs what the cross-entropy does.
-        return 1 + jnp.log(jnp.sum(jax.nn.sigmoid(margin - _GAMMA), axis=axis))
-    mu = jnp.asarray(mu, margin.dtype)
-    loss = jax.nn.logsumexp(mu * lower_bound(margin), axis=axis, where=where) / mu
-    return loss if where is None else jnp.where(jnp.any(where, axis=axis), loss, 0.0)
+        # The paper's default needs one exponential a class instead of two and a logarithm, and
+        # so costs little more than the cross-entropy.
+        return jnp.log(jnp.sum(_exp_log_lower_bound(margin), axis=axis))
+    return _smooth_max(lower_bound(margin), mu, axis, where)
+
+
+@jax.custom_jvp
+def _exp_log_lower_bound(x: jax.Array) -> jax.Array:
+    """`exp(log_lower_bound(x))`, that is 1 / (1/e + (1 - 1/e) exp(-x))."""
+    return 1 / (_INVERSE_E + _decay(x))
+
+
+@_exp_log_lower_bound.defjvp
+def _exp_log_lower_bound_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
+    # The derivative of a quotient, ordered so that it neither overflows far below zero nor
+    # cancels far above it.
+    (x,), (dx,) = primals, tangents
+    y = _exp_log_lower_bound(x)
+    return y, jnp.where(x > _lowest(x), y * (_decay(x) * y), 0.0) * dx
+
+
+def _decay(x: jax.Array) -> jax.Array:
+    return (1 - _INVERSE_E) * jnp.exp(-jnp.maximum(x, _lowest(x)))
+
+
+def _lowest(x: jax.Array) -> float:
+    """Where exp(x) leaves the range of normal numbers: -87 in float32."""
+    return math.ceil(math.log(jnp.finfo(x.dtype).tiny))
+
+
+def _smooth_max(x: jax.Array, mu: ArrayLike, axis: int, where: jax.Array | None) -> jax.Array:
+    """`logsumexp(mu * x) / mu`, finite also where `mu * x` is not; 0 over no elements."""
+    mu = jnp.asarray(mu, x.dtype)
+    largest = jnp.max(x, axis=axis, keepdims=True, where=where, initial=-jnp.inf)
+    largest = jax.lax.stop_gradient(jnp.where(jnp.isneginf(largest), 0.0, largest))
+    total = jnp.sum(jnp.exp(mu * (x - largest)), axis=axis, where=where)
+    total = jnp.where(total > 0, total, 1.0)
+    return jnp.squeeze(largest, axis) + jnp.log(total) / mu
 
 
 def _checked(logits: ArrayLike, labels: ArrayLike, axis: int) -> tuple[jax.Array, jax.Array]:
@@ -239,4 +269,4 @@ def _class_mask(where: ArrayLike, shape: tuple[int, ...], axis: int) -> jax.Arra
 def _at_least_float32(x: jax.Array) -> jax.Array:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"margins must be floating, got dtype {x.dtype}.")
-    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x
+    return x.astype(at_least_float32(x.dtype))

@@ -1,0 +1,29 @@
+"""Settings that make mistakes loud, made before JAX starts."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation dominates the suite, and its speed differs between machines: no deadlines.
+settings.register_profile(
+    "repository",
+    deadline=None,
+    derandomize=True,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("repository")
+
+
+@pytest.fixture
+def float64():
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,176 @@
+"""The numbers of the authors' own implementations, in float64, to 1e-9."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bisam_jax import (
+    adaptive_l2_ball,
+    asam,
+    bisam,
+    perturbation_loss,
+    sam,
+    sharpness_aware,
+    tanh_lower_bound,
+)
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "cases.json").read_text())
+TOLERANCE = 1e-9
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+
+def assert_close(actual, expected, what: str) -> None:
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.dtype == expected.dtype, what
+    error = np.abs(actual - expected) / np.maximum(1, np.abs(expected))
+    assert error.max() <= TOLERANCE, f"{what}: {error.max():.2e}"
+
+
+def tree_of(golden, prefix: str, step: int | None = None) -> dict:
+    return {
+        key.removeprefix(prefix + "/"): jnp.asarray(
+            golden[key] if step is None else golden[key][step]
+        )
+        for key in golden.files
+        if key.startswith(prefix + "/")
+    }
+
+
+def logits_and_stats(params: dict, x: jax.Array) -> tuple[jax.Array, dict]:
+    """The golden networks; statistics of the batch as PyTorch counts them (unbiased variance)."""
+    z = x @ params["W1"] + params["b1"][None]
+    stats = {}
+    if "gamma" in params:
+        mean, variance = z.mean(0), z.var(0)
+        stats = {"running_mean": mean, "running_var": variance * len(x) / (len(x) - 1)}
+        z = (z - mean[None]) / jnp.sqrt(variance + 1e-5)[None]
+        z = params["gamma"][None] * z + params["beta"][None]
+    return jnp.tanh(z) @ params["W2"] + params["b2"][None], stats
+
+
+def smooth_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """KL divergence from the smoothed labels, with off-class mass s / (K - 1)."""
+    classes = logits.shape[-1]
+    on = jax.nn.one_hot(labels, classes, dtype=logits.dtype)
+    target = on * (1 - smoothing) + (1 - on) * (smoothing / (classes - 1))
+    divergence = jax.scipy.special.xlogy(target, target) - target * jax.nn.log_softmax(logits)
+    return divergence.sum(-1)
+
+
+def perturbation_loss_of(hyperparameters: dict):
+    """Q per example for a case, or None where the training loss is ascended."""
+    match hyperparameters.get("ascent_loss", "smooth_ce"):
+        case "log":
+            return functools.partial(perturbation_loss, mu=hyperparameters["mu"])
+        case "tanh":
+            bound = functools.partial(tanh_lower_bound, alpha=hyperparameters["alpha"])
+            return functools.partial(perturbation_loss, lower_bound=bound, mu=hyperparameters["mu"])
+    return None
+
+
+def method_of(name: str, hyperparameters: dict) -> optax.GradientTransformationExtraArgs:
+    rho = hyperparameters["rho"]
+    if name == "asam_mlp":
+        # The authors' code scales what is called "weight", that is W1 and W2.
+        return asam(
+            rho, hyperparameters["eta"], where=lambda p: jax.tree.map(lambda w: w.ndim > 1, p)
+        )
+    if hyperparameters["adaptive"]:
+        return sharpness_aware(adaptive_l2_ball(rho, eta=0.0))
+    return sam(rho) if hyperparameters["ascent_loss"] == "smooth_ce" else bisam(rho)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "losses"])
+def test_trajectory(name):
+    golden, hyperparameters = np.load(GOLDEN / f"{name}.npz"), CASES[name]["hyperparameters"]
+    sharpness = method_of(name, hyperparameters)
+    base = optax.chain(
+        optax.add_decayed_weights(hyperparameters["weight_decay"]),
+        optax.sgd(hyperparameters["lr"], momentum=hyperparameters["momentum"]),
+    )
+    q = perturbation_loss_of(hyperparameters)
+
+    def loss(params, batch, per_example):
+        logits, stats = logits_and_stats(params, batch[0])
+        return per_example(logits, batch[1]).mean(), stats
+
+    def descended(logits, labels):
+        return smooth_cross_entropy(logits, labels, hyperparameters["label_smoothing"])
+
+    @jax.jit
+    def step(params, stats, state, base_state, batch):
+        clean = jax.value_and_grad(loss, has_aux=True)
+        (value, batch_stats), ascent = clean(params, batch, q or descended)
+        grads, state = sharpness.update(
+            ascent, state, params, loss_fn=lambda point: loss(point, batch, descended)[0]
+        )
+        updates, base_state = base.update(grads, base_state, params)
+        stats = jax.tree.map(lambda r, b: 0.9 * r + 0.1 * b, stats, batch_stats)
+        measured = {
+            "ascent_grad": ascent,
+            "perturbation_loss": value,
+            "descent_grad": grads,
+        }
+        return optax.apply_updates(params, updates), stats, state, base_state, measured
+
+    params, stats = tree_of(golden, "init"), tree_of(golden, "stats", 0)
+    state, base_state = sharpness.init(params), base.init(params)
+    for t in range(len(golden["batch/x"])):
+        batch = jnp.asarray(golden["batch/x"][t]), jnp.asarray(golden["batch/y"][t])
+        params, stats, state, base_state, measured = step(params, stats, state, base_state, batch)
+        # The authors' losses leave out 1 / mu.
+        mu = hyperparameters["mu"] if q else 1.0
+        assert_close(measured["perturbation_loss"] * mu, golden["perturbation_loss"][t], "Q")
+        for leaf in params:
+            expected = golden[f"ascent_grad/{leaf}"][t]
+            assert_close(measured["ascent_grad"][leaf] * mu, expected, f"ascent {leaf} {t}")
+            expected = golden[f"descent_grad/{leaf}"][t]
+            assert_close(measured["descent_grad"][leaf], expected, f"descent {leaf} {t}")
+            assert_close(params[leaf], golden[f"traj/{leaf}"][t + 1], f"trajectory {leaf} {t}")
+        for leaf in stats:
+            assert_close(stats[leaf], golden[f"stats/{leaf}"][t + 1], f"statistics {leaf} {t}")
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != "losses"])
+def test_perturbation(name):
+    golden, hyperparameters = np.load(GOLDEN / f"{name}.npz"), CASES[name]["hyperparameters"]
+    sharpness = method_of(name, hyperparameters)
+    for t in range(len(golden["batch/x"])):
+        params = tree_of(golden, "traj", t)
+        points = []
+
+        def grad_fn(point, points=points, params=params):
+            points.append(point)
+            return params
+
+        ascent = tree_of(golden, "ascent_grad", t)
+        sharpness.update(ascent, sharpness.init(params), params, grad_fn=grad_fn)
+        for leaf in params:
+            eps = points[0][leaf] - params[leaf]
+            assert_close(eps, golden[f"eps/{leaf}"][t], f"eps {leaf} {t}")
+
+
+@pytest.mark.parametrize("case", CASES["losses"]["hyperparameters"]["cases"])
+def test_losses(case):
+    golden, settings = (
+        np.load(GOLDEN / "losses.npz"),
+        CASES["losses"]["hyperparameters"]["cases"][case],
+    )
+    logits, labels = jnp.asarray(golden["logits"]), jnp.asarray(golden["labels"])
+    if settings["loss"] == "smooth_crossentropy":
+        loss_fn = functools.partial(smooth_cross_entropy, smoothing=settings["label_smoothing"])
+        mu = 1.0
+    else:
+        ascent = settings["loss"].removeprefix("perturbation_loss_")
+        loss_fn, mu = perturbation_loss_of({**settings, "ascent_loss": ascent}), settings["mu"]
+    grads = jax.grad(lambda logits: mu * loss_fn(logits, labels).sum())(logits)
+    assert_close(mu * loss_fn(logits, labels), golden[f"{case}/value"], "value")
+    assert_close(grads, golden[f"{case}/grad"], "gradient")
