@@ -186,8 +186,8 @@ def perturbation_loss(
     margin = margins(logits, labels, axis=axis)
     if where is not None:
         where = _class_mask(where, margin.shape, axis)
-        # Masked logits may be infinite: they go before phi, to keep NaN out of the gradient. Without
-        # the true class, even the largest margin may be beyond the range.
+        # Masked logits may be infinite: they go before phi, to keep NaN out of the gradient.
+        # Without the true class, even the largest margin may be beyond the range.
         limit = jnp.finfo(margin.dtype).max
         margin = jnp.clip(jnp.where(where, margin, 0.0), -limit, limit)
     elif lower_bound is log_lower_bound and isinstance(mu, (int, float)) and mu == 1:

@@ -12,10 +12,10 @@ CLASSES = 3
 def mlp_params(seed: int = 0, dtype=jnp.float32) -> dict:
     keys = jax.random.split(jax.random.key(seed), 2)
     return {
-        "hidden": {"w": jax.random.normal(keys[0], (4, 6), dtype), "b": jnp.zeros(6, dtype)},
+        "hidden": {"w": jax.random.normal(keys[0], (4, 6), dtype), "b": jnp.full(6, 0.1, dtype)},
         "head": {
             "w": jax.random.normal(keys[1], (6, CLASSES), dtype),
-            "b": jnp.zeros(CLASSES, dtype),
+            "b": jnp.linspace(-0.2, 0.3, CLASSES, dtype=dtype),
         },
     }
 
@@ -29,19 +29,20 @@ def mlp_batch(seed: int = 1, examples: int = 16) -> dict:
 
 
 def mlp_logits(params: dict, x: jax.Array) -> jax.Array:
+    x = x.astype(params["head"]["w"].dtype)
     hidden = jnp.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"][None])
     return hidden @ params["head"]["w"] + params["head"]["b"][None]
 
 
 def loss_of_batch(params: dict, batch: dict) -> jax.Array:
     """L: the cross-entropy."""
-    logits = mlp_logits(params, batch["x"].astype(params["head"]["w"].dtype))
+    logits = mlp_logits(params, batch["x"])
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
 
 
 def perturbation_loss_of_batch(params: dict, batch: dict) -> jax.Array:
     """Q: BiSAM's lower bound of the error."""
-    logits = mlp_logits(params, batch["x"].astype(params["head"]["w"].dtype))
+    logits = mlp_logits(params, batch["x"])
     return perturbation_loss(logits, batch["y"]).mean()
 
 

@@ -1,0 +1,133 @@
+"""What a step costs, from the compiled program: FLOPs, temporary memory, state."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+from bisam_jax import bisam, perturbation_loss, sam, value_and_grad
+
+
+def conv_params(seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    return {
+        "conv1": 0.1 * jax.random.normal(keys[0], (3, 3, 3, 16)),
+        "conv2": 0.1 * jax.random.normal(keys[1], (3, 3, 16, 32)),
+        "head": 0.1 * jax.random.normal(keys[2], (32, 10)),
+    }
+
+
+def logits_of(params, x):
+    def conv(x, kernel):
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=dimensions)
+
+    x = jax.nn.relu(conv(x, params["conv1"]))
+    return jax.nn.relu(conv(x, params["conv2"])).mean((1, 2)) @ params["head"]
+
+
+def loss_fn(params, batch):
+    logits = logits_of(params, batch["x"])
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+
+def perturbation_loss_fn(params, batch):
+    return perturbation_loss(logits_of(params, batch["x"]), batch["y"]).mean()
+
+
+PARAMS = conv_params()
+BATCH = {"x": jnp.ones((32, 16, 16, 3)), "y": jnp.zeros(32, jnp.int32)}
+
+
+def compiled(step, params=PARAMS, batch=BATCH, state=()):
+    return jax.jit(step).lower(params, state, batch).compile()
+
+
+def plain(params, state, batch):
+    return *jax.value_and_grad(loss_fn)(params, batch), state
+
+
+def flops(step, state=()):
+    return compiled(step, state=state).cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize(
+    ("make", "q"), [(bisam, perturbation_loss_fn), (sam, None)], ids=["bisam", "sam"]
+)
+@pytest.mark.parametrize("rho", [0.1, lambda count: 0.1], ids=["constant", "schedule"])
+def test_a_step_is_two_gradients(make, q, rho):
+    tx = make(rho)
+    ratio = flops(value_and_grad(tx, loss_fn, q), tx.init(PARAMS)) / flops(plain)
+    assert ratio == pytest.approx(2.00, rel=0.01)
+
+
+def test_an_unused_clean_gradient_costs_nothing_under_jit():
+    tx = bisam(0.1)
+
+    def step(params, state, batch):
+        _, grads = jax.value_and_grad(loss_fn)(params, batch)
+        return tx.update(
+            grads,
+            state,
+            params,
+            loss_fn=lambda p: loss_fn(p, batch),
+            perturbation_loss_fn=lambda p: perturbation_loss_fn(p, batch),
+        )
+
+    assert flops(step, tx.init(PARAMS)) / flops(plain) == pytest.approx(2.00, rel=0.01)
+
+
+def test_groups_cost_two_gradients_too():
+    tx = bisam(0.1)
+    step = value_and_grad(tx, loss_fn, perturbation_loss_fn, group_size=8)
+    assert flops(step, tx.init(PARAMS)) / flops(plain) == pytest.approx(2.00, rel=0.03)
+
+
+def test_microbatches_save_memory():
+    tx = bisam(0.1)
+    whole, parts = (
+        compiled(
+            value_and_grad(tx, loss_fn, perturbation_loss_fn, microbatch_size=size),
+            state=tx.init(PARAMS),
+        )
+        .memory_analysis()
+        .temp_size_in_bytes
+        for size in (None, 4)
+    )
+    assert parts < whole / 3
+
+
+def big_loss(params, batch):
+    """Nearly all memory is parameters: one matrix, few examples."""
+    return jnp.square(batch["x"] @ params["w"]).mean()
+
+
+def test_one_extra_copy_of_the_parameters_during_a_step():
+    params = {"w": jnp.ones((2048, 2048))}
+    batch = {"x": jnp.ones((8, 2048))}
+    size = params["w"].nbytes
+    tx = optax.chain(bisam(0.1), optax.sgd(0.1))
+
+    def sharp(params, state, batch):
+        _, updates, state = value_and_grad(tx, big_loss)(params, state, batch)
+        return optax.apply_updates(params, updates), state
+
+    def base(params, state, batch):
+        grads = jax.grad(big_loss)(params, batch)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, grads), state
+
+    temporary = [
+        jax.jit(step, donate_argnums=0)
+        .lower(params, state, batch)
+        .compile()
+        .memory_analysis()
+        .temp_size_in_bytes
+        for step, state in ((sharp, tx.init(params)), (base, ()))
+    ]
+    assert temporary[0] <= temporary[1] + 1.1 * size
+
+
+def test_the_state_of_a_constant_radius_is_empty():
+    assert jax.tree.leaves(bisam(0.1).init(PARAMS)) == []
+    chex.assert_shape(jax.tree.leaves(bisam(lambda count: 0.1).init(PARAMS)), [()])

@@ -1,0 +1,256 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from bisam_jax import asam, bisam, sam, value_and_grad
+from tests.problems import (
+    loss_of_batch,
+    mlp_batch,
+    mlp_logits,
+    mlp_params,
+    perturbation_loss_of_batch,
+)
+
+PARAMS, BATCH = mlp_params(), mlp_batch()
+TX = bisam(rho=0.3)
+CLOSE = {"rtol": 2e-5, "atol": 1e-6}
+
+
+def with_aux(fn):
+    def fn_with_aux(params, batch):
+        logits = mlp_logits(params, batch["x"])
+        aux = {"logits": logits, "mean": logits.mean(), "per class": logits.mean(0)}
+        return fn(params, batch), aux
+
+    return fn_with_aux
+
+
+def by_hand(tx, batch, q=perturbation_loss_of_batch, state=None):
+    """The step as its definition says, on one batch."""
+    value, ascent = jax.value_and_grad(q)(PARAMS, batch)
+    state = tx.init(PARAMS) if state is None else state
+    return value, *tx.update(ascent, state, PARAMS, loss_fn=lambda p: loss_of_batch(p, batch))
+
+
+def part_of(batch, part):
+    return jax.tree.map(lambda x: x[part], batch)
+
+
+def mean_of(trees):
+    return jax.tree.map(lambda *leaves: jnp.mean(jnp.stack(leaves), 0), *trees)
+
+
+@pytest.mark.parametrize("make", [bisam, sam, asam])
+@pytest.mark.parametrize("q", [perturbation_loss_of_batch, None], ids=["q", "no q"])
+def test_whole_batch(make, q):
+    tx = make(rho=0.3)
+    step = jax.jit(value_and_grad(tx, loss_of_batch, q))
+    value, grads, state = step(PARAMS, tx.init(PARAMS), BATCH)
+    expected = by_hand(tx, BATCH, q or loss_of_batch)
+    chex.assert_trees_all_close((value, grads, state), expected, **CLOSE)
+
+
+def test_aux_is_that_of_the_clean_pass():
+    step = value_and_grad(TX, loss_of_batch, with_aux(perturbation_loss_of_batch), has_aux=True)
+    (value, aux), grads, _ = step(PARAMS, TX.init(PARAMS), BATCH)
+    chex.assert_trees_all_close(aux["logits"], mlp_logits(PARAMS, BATCH["x"]), **CLOSE)
+    expected = by_hand(TX, BATCH)
+    chex.assert_trees_all_close((value, grads), expected[:2], **CLOSE)
+    both = value_and_grad(
+        TX, with_aux(loss_of_batch), with_aux(perturbation_loss_of_batch), has_aux=True
+    )
+    chex.assert_trees_all_equal(both(PARAMS, TX.init(PARAMS), BATCH), ((value, aux), grads, _))
+
+
+def test_each_function_is_called_once():
+    calls = []
+
+    def counted(name, fn):
+        return lambda params, batch: (calls.append(name), fn(params, batch))[1]
+
+    step = value_and_grad(
+        TX, counted("loss", loss_of_batch), counted("q", perturbation_loss_of_batch)
+    )
+    step(PARAMS, TX.init(PARAMS), BATCH)
+    assert calls == ["q", "loss"]
+
+
+@pytest.mark.parametrize("microbatch_size", [1, 4, 8, 16])
+def test_microbatches_equal_the_whole_batch(microbatch_size):
+    arguments = TX, with_aux(loss_of_batch), with_aux(perturbation_loss_of_batch)
+    whole = value_and_grad(*arguments, has_aux=True)(PARAMS, TX.init(PARAMS), BATCH)
+    step = jax.jit(value_and_grad(*arguments, has_aux=True, microbatch_size=microbatch_size))
+    chex.assert_trees_all_close(step(PARAMS, TX.init(PARAMS), BATCH), whole, **CLOSE)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 4, 8, 16])
+def test_groups_have_perturbations_of_their_own(microbatch_size):
+    groups = [by_hand(TX, part_of(BATCH, slice(i, i + 4))) for i in range(0, 16, 4)]
+    value, grads = mean_of([group[:2] for group in groups])
+    step = value_and_grad(
+        TX,
+        loss_of_batch,
+        with_aux(perturbation_loss_of_batch),
+        has_aux=True,
+        group_size=4,
+        microbatch_size=microbatch_size,
+    )
+    (got_value, aux), got_grads, state = jax.jit(step)(PARAMS, TX.init(PARAMS), BATCH)
+    chex.assert_trees_all_close((got_value, got_grads), (value, grads), **CLOSE)
+    chex.assert_trees_all_equal_structs(state, TX.init(PARAMS))
+    logits = mlp_logits(PARAMS, BATCH["x"])
+    expected = {"logits": logits, "mean": logits.mean(), "per class": logits.mean(0)}
+    chex.assert_trees_all_close(aux, expected, **CLOSE)
+
+
+def test_one_group_is_the_whole_batch_and_groups_of_one_are_examples():
+    whole = value_and_grad(TX, loss_of_batch)(PARAMS, TX.init(PARAMS), BATCH)
+    one_group = value_and_grad(TX, loss_of_batch, group_size=16)
+    chex.assert_trees_all_close(one_group(PARAMS, TX.init(PARAMS), BATCH), whole, **CLOSE)
+    examples = [by_hand(TX, part_of(BATCH, slice(i, i + 1)), loss_of_batch) for i in range(16)]
+    alone = value_and_grad(TX, loss_of_batch, group_size=1)(PARAMS, TX.init(PARAMS), BATCH)
+    chex.assert_trees_all_close(alone[:2], mean_of([e[:2] for e in examples]), **CLOSE)
+    assert optax.tree.norm(optax.tree.sub(alone[1], whole[1])) > 1e-3
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 8])
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_state_moves_once_a_step(group_size, microbatch_size):
+    schedule = optax.linear_schedule(0.1, 0.5, 4)
+    tx = bisam(schedule)
+    sizes = {"group_size": group_size, "microbatch_size": microbatch_size}
+    step = jax.jit(value_and_grad(tx, loss_of_batch, **sizes))
+    state = tx.init(PARAMS)
+    for count in range(3):
+        expected = value_and_grad(bisam(float(schedule(count))), loss_of_batch, **sizes)
+        grads, state = step(PARAMS, state, BATCH)[1:]
+        assert optax.tree.get(state, "radius_count") == count + 1
+        reference = expected(PARAMS, bisam(0.1).init(PARAMS), BATCH)[1]
+        chex.assert_trees_all_close(grads, reference, **CLOSE)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("sizes", [{}, {"microbatch_size": 4}, {"group_size": 4}])
+def test_a_chain_with_the_base_optimizer(sizes):
+    tx = optax.chain(TX, optax.sgd(0.1, momentum=0.9))
+    step = value_and_grad(tx, loss_of_batch, **sizes)
+    _, updates, state = step(PARAMS, tx.init(PARAMS), BATCH)
+    _, grads, _ = value_and_grad(TX, loss_of_batch, **sizes)(PARAMS, TX.init(PARAMS), BATCH)
+    chex.assert_trees_all_close(updates, optax.tree.scale(-0.1, grads), **CLOSE)
+    chex.assert_trees_all_close(optax.tree.get(state, "trace"), grads, **CLOSE)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"microbatch_size": 4}, {"group_size": 4}])
+def test_leaves_that_are_not_floating_get_zeros(sizes):
+    params = {"w": PARAMS, "steps": jnp.array(3), "key": jax.random.key(0)}
+
+    def loss_fn(params, batch):
+        return loss_of_batch(params["w"], batch)
+
+    _, grads, _ = value_and_grad(TX, loss_fn, **sizes)(params, TX.init(params), BATCH)
+    assert grads["steps"] == 0
+    assert grads["steps"].dtype == params["steps"].dtype
+    assert grads["key"].dtype == jax.dtypes.float0
+    expected = value_and_grad(TX, loss_of_batch, **sizes)(PARAMS, TX.init(PARAMS), BATCH)
+    chex.assert_trees_all_close(grads["w"], expected[1], **CLOSE)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"microbatch_size": 1}, {"group_size": 4}])
+def test_narrow_parameters_accumulate_in_float32(sizes):
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), narrow)
+    batch = mlp_batch(examples=512)
+    _, grads, _ = value_and_grad(TX, loss_of_batch, **sizes)(narrow, TX.init(narrow), batch)
+    chex.assert_trees_all_equal_dtypes(grads, narrow)
+    _, expected, _ = value_and_grad(TX, loss_of_batch, **sizes)(wide, TX.init(wide), batch)
+    difference = jax.tree.map(lambda g, e: g.astype(jnp.float32) - e, grads, expected)
+    assert optax.tree.norm(difference) < 0.02 * optax.tree.norm(expected)
+
+
+def test_extra_args_and_numpy_batches():
+    batch = jax.tree.map(np.asarray, BATCH)
+    for sizes in ({}, {"microbatch_size": 8}, {"group_size": 8}):
+        step = value_and_grad(TX, loss_of_batch, **sizes)
+        with_extra = step(PARAMS, TX.init(PARAMS), batch, unknown=jnp.ones(3))
+        chex.assert_trees_all_close(with_extra, step(PARAMS, TX.init(PARAMS), BATCH), **CLOSE)
+
+
+def test_per_example_keys_are_split_with_the_batch():
+    batch = {**BATCH, "key": jax.random.split(jax.random.key(3), 16)}
+
+    def noisy(params, batch):
+        noise = jax.vmap(jax.random.normal)(batch["key"])
+        return (noise * mlp_logits(params, batch["x"])[:, 0]).mean()
+
+    whole = value_and_grad(TX, noisy)(PARAMS, TX.init(PARAMS), batch)
+    parts = value_and_grad(TX, noisy, microbatch_size=4)(PARAMS, TX.init(PARAMS), batch)
+    chex.assert_trees_all_close(parts, whole, **CLOSE)
+
+
+def step_with(**arguments):
+    batch = arguments.pop("batch", BATCH)
+    q = arguments.pop("q", None)
+    return value_and_grad(TX, arguments.pop("loss_fn", loss_of_batch), q, **arguments)(
+        PARAMS, TX.init(PARAMS), batch
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (
+            {"group_size": 5},
+            ValueError,
+            "group_size must divide the batch, got group_size=5 for 16",
+        ),
+        ({"microbatch_size": 32}, ValueError, "microbatch_size must divide the batch"),
+        ({"group_size": 0}, ValueError, "group_size must be a positive integer or None, got 0"),
+        ({"microbatch_size": 2.0}, ValueError, "microbatch_size must be a positive integer"),
+        (
+            {"group_size": 8, "microbatch_size": 4},
+            ValueError,
+            "microbatch_size must be a multiple of group_size, got 4 and 8",
+        ),
+        (
+            {"group_size": 4, "batch": {**BATCH, "key": jax.random.key(0)}},
+            ValueError,
+            r"batch\['key'\] is a scalar",
+        ),
+        (
+            {"group_size": 4, "batch": {**BATCH, "y": BATCH["y"][:8]}},
+            ValueError,
+            "the arrays of batch must have one number of examples",
+        ),
+        (
+            {"has_aux": True},
+            TypeError,
+            r"loss_fn makes the clean pass.* must return \(value, aux\)",
+        ),
+        (
+            {"has_aux": True, "q": perturbation_loss_of_batch},
+            TypeError,
+            "perturbation_loss_fn makes the clean pass",
+        ),
+        ({"loss_fn": with_aux(loss_of_batch)}, TypeError, "loss_fn must return one real"),
+        (
+            {"q": lambda p, b: mlp_logits(p, b["x"])},
+            TypeError,
+            r"perturbation_loss_fn must return one real floating scalar, got float32\[16, 3\]",
+        ),
+        (
+            {
+                "loss_fn": lambda p, b: (loss_of_batch(p, b), {"correct": jnp.array(3)}),
+                "has_aux": True,
+                "group_size": 4,
+            },
+            TypeError,
+            r"the aux leaf at \['correct'\], int32\[\], can be neither joined nor averaged",
+        ),
+    ],
+)
+def test_errors(arguments, error, message):
+    with pytest.raises(error, match=message):
+        step_with(**arguments)
