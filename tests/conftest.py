@@ -27,3 +27,10 @@ settings.load_profile("repository")
 def float64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def standard_promotion():
+    """For parts of optax that promote step counts to floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

@@ -93,6 +93,7 @@ def test_functions_are_called_once(method):
     assert calls == {"loss": 2 * (method.gradients - 1), "perturbation": 1}
 
 
+@pytest.mark.usefixtures("standard_promotion")
 def test_unknown_extra_args_are_accepted_everywhere(method):
     """Alone, in a chain, under inject_hyperparams, with reduce_on_plateau after it."""
     expected, _ = update(method.make(rho=0.1))
@@ -103,9 +104,8 @@ def test_unknown_extra_args_are_accepted_everywhere(method):
     tx = optax.chain(
         method.make(rho=0.1), optax.scale(2.0), optax.contrib.reduce_on_plateau(patience=2)
     )
-    with jax.numpy_dtype_promotion("standard"):  # reduce_on_plateau needs it
-        chained, state = update(tx, unknown=1, value=2.0)
-        _, state = update(tx, state, value=3.0)
+    chained, state = update(tx, unknown=1, value=2.0)
+    _, state = update(tx, state, value=3.0)
     chex.assert_trees_all_close(chained, optax.tree.scale(2.0, expected), rtol=1e-6)
     assert optax.tree.get(state, "plateau_count") == 1
 
