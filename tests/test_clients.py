@@ -113,7 +113,7 @@ def test_nnx_through_its_optimizer():
     model = NnxNet(nnx.Rngs(0))
     # Split from a twin: the optimizer moves the variables of the model in place.
     graphdef, params, stats = nnx.split(NnxNet(nnx.Rngs(0)), nnx.Param, ...)
-    base = optax.adamw(1e-2)
+    base = optax.adamw(1e-2, eps=1e-3)  # some gradients are rounding noise alone
     optimizer = nnx.Optimizer(model, base, wrt=nnx.Param)
 
     def with_stats(loss):
