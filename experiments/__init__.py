@@ -1,0 +1,1 @@
+"""What the library is used for: training, comparing and measuring."""

@@ -1,0 +1,212 @@
+"""Times one training step of each method, and reads its FLOPs and memory from the compiled program.
+
+    python -m experiments.benchmark --output benchmark.json
+
+The methods take turns, step by step, so that a change in the machine's speed meets all of them. Two
+of them are `optax.contrib.sam` with `opaque_mode=True`, and with `opaque_mode=False`, whose step
+is two calls: one for each gradient.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import bisam_jax
+from experiments import command_line, models
+
+NETWORKS = {
+    "mlp 784-512-512-10": ("mlp", {"width": 512}),
+    "cnn 32-64-128": ("cnn", {}),
+}
+IMAGE_SHAPE = (28, 28, 1)
+CLASSES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    steps: int = 100
+    """Counted steps of each method."""
+    batch_size: int = 128
+    """Examples a step."""
+    rho: float = 0.05
+    """Radius of the perturbation."""
+    output: Path = Path("benchmark.json")
+    """Where the numbers go."""
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        for name, value in (("--steps", self.steps), ("--batch-size", self.batch_size)):
+            if value < 2:
+                raise ValueError(f"{name} must be at least 2, got {value}")
+        if not self.rho >= 0:
+            raise ValueError(f"--rho must be at least 0, got {self.rho}")
+
+
+class Subject(NamedTuple):
+    """Something to time: `calls` times a step, `update(params, state, batch) -> (params, state)`."""
+
+    name: str
+    update: Callable
+    init: Callable
+    calls: int = 1
+
+
+def subjects(loss_fn: Callable, q: Callable, rho: float) -> list[Subject]:
+    """The methods under comparison, each with the same base optimizer."""
+    base = optax.sgd(0.1, momentum=0.9)
+    adversary = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
+    opaque = optax.contrib.sam(base, adversary, opaque_mode=True)
+    transparent = optax.contrib.sam(base, adversary)
+
+    def through(method: Any, perturbation_loss_fn: Callable | None = None) -> Subject:
+        tx = optax.chain(method, base)
+        step = bisam_jax.value_and_grad(tx, loss_fn, perturbation_loss_fn)
+
+        def update(params: Any, state: Any, batch: Any) -> tuple:
+            _, updates, state = step(params, state, batch)
+            return optax.apply_updates(params, updates), state
+
+        return Subject("", update, tx.init)
+
+    def opaque_update(params: Any, state: Any, batch: Any) -> tuple:
+        grads = jax.grad(loss_fn)(params, batch)
+        updates, state = opaque.update(
+            grads, state, params, grad_fn=lambda point, _: jax.grad(loss_fn)(point, batch)
+        )
+        return optax.apply_updates(params, updates), state
+
+    def transparent_update(params: Any, state: Any, batch: Any) -> tuple:
+        grads = jax.grad(loss_fn)(params, batch)
+        updates, state = transparent.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return [
+        through(optax.identity())._replace(name="sgd"),
+        through(bisam_jax.sam(rho))._replace(name="sam"),
+        through(bisam_jax.bisam(rho), q)._replace(name="bisam-log"),
+        Subject("optax.contrib.sam, opaque", opaque_update, opaque.init),
+        Subject("optax.contrib.sam, transparent", transparent_update, transparent.init, calls=2),
+    ]
+
+
+def measure(network: str, config: Config) -> list[dict[str, Any]]:
+    """One row per method: step time, FLOPs, temporary memory, state."""
+    name, options = NETWORKS[network]
+    apply, params, stats = models.create(name, IMAGE_SHAPE, CLASSES, seed=0, **options)
+    keys = jax.random.split(jax.random.key(0))
+    batch = (
+        jax.random.uniform(keys[0], (config.batch_size, *IMAGE_SHAPE)),
+        jax.random.randint(keys[1], (config.batch_size,), 0, CLASSES),
+    )
+
+    def mean_of(per_example: Callable) -> Callable:
+        def fn(params: Any, batch: tuple) -> jax.Array:
+            logits, _ = apply(params, stats, batch[0], train=True)
+            return per_example(logits, batch[1]).mean()
+
+        return fn
+
+    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+    all_subjects = subjects(
+        mean_of(cross_entropy), mean_of(bisam_jax.perturbation_loss), config.rho
+    )
+    compiled = []
+    for subject in all_subjects:
+        state = subject.init(params)
+        program = jax.jit(subject.update).lower(params, state, batch).compile()
+        compiled.append([program, params, state])
+    seconds = _interleaved(compiled, batch, [s.calls for s in all_subjects], config.steps)
+    return [
+        _row(subject, program, state, times)
+        for subject, (program, _, state), times in zip(all_subjects, compiled, seconds, strict=True)
+    ]
+
+
+def _interleaved(
+    compiled: list[list], batch: tuple, calls: list[int], steps: int
+) -> list[list[float]]:
+    """Seconds of each step of each program, after a tenth as many steps of warm-up."""
+    seconds: list[list[float]] = [[] for _ in compiled]
+    warm_up = max(3, steps // 10)
+    for step in range(warm_up + steps):
+        for entry, times, n_calls in zip(compiled, seconds, calls, strict=True):
+            program, params, state = entry
+            start = time.perf_counter()
+            for _ in range(n_calls):
+                params, state = program(params, state, batch)
+            jax.block_until_ready((params, state))
+            if step >= warm_up:
+                times.append(time.perf_counter() - start)
+            entry[1:] = params, state
+    return seconds
+
+
+def _row(subject: Subject, program: Any, state: Any, times: list[float]) -> dict[str, Any]:
+    quartiles = statistics.quantiles(times, n=4)
+    return {
+        "method": subject.name,
+        "milliseconds": 1e3 * statistics.median(times),
+        "quartiles": [1e3 * quartiles[0], 1e3 * quartiles[2]],
+        "flops": subject.calls * program.cost_analysis()["flops"],
+        "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+        "state_bytes": sum(jnp.asarray(leaf).nbytes for leaf in jax.tree.leaves(state)),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as text, with time and FLOPs relative to the first."""
+    lines = [
+        f"{'method':32}{'ms/step':>9}{'quartiles':>17}{'time':>7}{'FLOPs':>7}"
+        f"{'temporary':>12}{'state':>17}"
+    ]
+    for row in rows:
+        low, high = row["quartiles"]
+        quartiles = f"{low:.2f}-{high:.2f}"
+        lines.append(
+            f"{row['method']:32}{row['milliseconds']:9.2f}{quartiles:>17}"
+            f"{row['milliseconds'] / rows[0]['milliseconds']:6.2f}x"
+            f"{row['flops'] / rows[0]['flops']:6.2f}x"
+            f"{row['temporary_bytes'] / 1e6:9.2f} MB{row['state_bytes']:11,} bytes"
+        )
+    return "\n".join(lines)
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    config = command_line.parse(Config, __doc__ or "", args)
+    results = {}
+    for network in NETWORKS:
+        results[network] = measure(network, config)
+        print(f"\n{network}, batch {config.batch_size}\n{table(results[network])}", flush=True)
+    report = {
+        "device": jax.devices()[0].device_kind,
+        "cpus": os.cpu_count(),
+        "versions": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "optax": optax.__version__,
+            "bisam_jax": bisam_jax.__version__,
+        },
+        "steps": config.steps,
+        "batch_size": config.batch_size,
+        "rho": config.rho,
+        "results": results,
+    }
+    config.output.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"\nwritten to {config.output}")
+
+
+if __name__ == "__main__":
+    main()

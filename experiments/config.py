@@ -1,0 +1,95 @@
+"""The configuration of a run."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from experiments import methods, runs
+
+BASE_DEFAULTS = {
+    "sgd": {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
+    "adamw": {"learning_rate": 2e-3, "momentum": None, "weight_decay": 1e-2},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What one run depends on. None is the default of the method or of the base optimizer."""
+
+    method: Literal["sgd", "sam", "asam", "bisam-log", "bisam-tanh"] = "bisam-log"
+    """What is done with the second gradient; sgd has none (with either base optimizer)."""
+    model: Literal["mlp", "cnn"] = "mlp"
+    """Perceptron or convolutional network, both with batch normalisation."""
+
+    rho: float | None = None
+    """Radius of the perturbation (default 0.05; asam 0.5)."""
+    mu: float | None = None
+    """BiSAM: sharpness of the maximum over classes (default 1 for -log, 10 for tanh)."""
+    alpha: float | None = None
+    """BiSAM (tanh): slope of the lower bound (default 0.1)."""
+    eta: float | None = None
+    """ASAM: added to each weight's size (default 0.01)."""
+
+    base: Literal["sgd", "adamw"] = "sgd"
+    """The base optimizer, with a cosine schedule to zero."""
+    learning_rate: float | None = None
+    """Its value before decay (default 0.1; adamw 0.002)."""
+    momentum: float | None = None
+    """Of sgd (default 0.9)."""
+    weight_decay: float | None = None
+    """In the base optimizer (default 0.0005; adamw 0.01)."""
+    label_smoothing: float = 0.1
+    """Share of each label that is spread over the other classes, in the training loss."""
+
+    epochs: int = 50
+    """Passes over the training examples."""
+    batch_size: int = 32
+    """Examples a step; the incomplete last batch of an epoch is dropped."""
+    seed: int = 0
+    """Of initialisation, order of examples and label noise; the split is always the same."""
+    label_noise: float = 0.0
+    """Share of the training and validation labels replaced by another class."""
+    output: Path | None = None
+    """The run folder (default: a new one in runs/)."""
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values, by the names of the command line."""
+        _check("--epochs", self.epochs, 1)
+        _check("--batch-size", self.batch_size, 2)
+        _check("--seed", self.seed, 0, 2**32 - 1)
+        _check("--label-noise", self.label_noise, 0, 1)
+        _check("--label-smoothing", self.label_smoothing, 0, 1)
+        for name in ("rho", "eta", "learning_rate", "weight_decay", "momentum"):
+            _check(f"--{name.replace('_', '-')}", getattr(self, name), 0)
+        for name in ("mu", "alpha"):
+            _check(f"--{name}", getattr(self, name), 0, exclusive=True)
+
+    def resolved(self) -> "Config":
+        """With defaults filled in, and None where a value has no meaning."""
+        values: dict[str, Any] = dict.fromkeys(("rho", "mu", "alpha", "eta"))
+        values |= methods.DEFAULTS[self.method] | BASE_DEFAULTS[self.base]
+        given = {name: getattr(self, name) for name in values}
+        values = {
+            name: default if default is None or given[name] is None else given[name]
+            for name, default in values.items()
+        }
+        output = self.output or runs.new_folder(f"digits-{self.method}")
+        return dataclasses.replace(self, **values, output=output)
+
+
+def _check(
+    name: str,
+    value: float | None,
+    minimum: float,
+    maximum: float = math.inf,
+    *,
+    exclusive: bool = False,
+) -> None:
+    if value is None:
+        return
+    too_small = value <= minimum if exclusive else value < minimum
+    if not math.isfinite(value) or too_small or value > maximum:
+        upper = f" and at most {maximum:g}" if maximum < math.inf else ""
+        lower = f"greater than {minimum:g}" if exclusive else f"at least {minimum:g}"
+        raise ValueError(f"{name} must be finite, {lower}{upper}, got {value}")

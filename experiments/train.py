@@ -1,0 +1,203 @@
+"""Trains a model and writes one run folder.
+
+    python -m experiments.train
+
+trains a perceptron on scikit-learn's digits with BiSAM (-log).
+"""
+
+import dataclasses
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import tqdm
+
+import bisam_jax
+from experiments import command_line, data, methods, models, runs, training
+from experiments.config import Config
+
+
+class NonFiniteLossError(Exception):
+    """The loss became infinite or NaN."""
+
+
+def train(config: Config) -> dict[str, Any]:
+    """Trains as configured; returns the summary that it also writes to the run folder.
+
+    Raises:
+        FileExistsError: if the run folder exists.
+        ValueError: if the batch is larger than the training set.
+        NonFiniteLossError: if a loss is not finite; names the step.
+        KeyboardInterrupt: on Ctrl-C. In both cases the summary says how far the run got.
+    """
+    config = config.resolved()
+    dataset = data.digits(config.label_noise, config.seed)
+    if config.batch_size > len(dataset.train.labels):
+        raise ValueError(
+            f"--batch-size must be at most the {len(dataset.train.labels)} training examples, "
+            f"got {config.batch_size}"
+        )
+    assert config.output is not None
+    folder = runs.RunFolder(config.output)
+    folder.write_json("config.json", _as_json(config))
+    folder.write_json("summary.json", {"status": "started", "epochs_completed": 0})
+    print(" ".join(f"{name}={value}" for name, value in _as_json(config).items()))
+    run = _Run(config, dataset, folder)
+    try:
+        run.train()
+    except KeyboardInterrupt:
+        run.finish("interrupted")
+        raise
+    except NonFiniteLossError as error:
+        run.finish(str(error))
+        raise
+    return run.finish("finished")
+
+
+class _Run:
+    """One run: the compiled functions, the state, and what is written about them."""
+
+    def __init__(self, config: Config, dataset: data.Dataset, folder: runs.RunFolder) -> None:
+        self.config, self.folder = config, folder
+        image_shape = dataset.train.images.shape[1:]
+        apply, params, stats = models.create(
+            config.model, image_shape, dataset.classes, config.seed
+        )
+        method = _method(config)
+        self.train_split, self.validation, self.test = map(data.on_device, dataset[:3])
+        self.steps_per_epoch = len(self.train_split.labels) // config.batch_size
+        optimizer = _base_optimizer(config, config.epochs * self.steps_per_epoch)
+        self.state = training.init_state(params, stats, method, optimizer)
+        self.best = {"params": params, "stats": stats}
+        self.best_accuracy = 0.0
+        self.accuracy = training.make_accuracy(apply)
+        self.started = time.perf_counter()
+        on_cpu = jax.default_backend() == "cpu"
+        self.epoch = training.make_epoch(
+            training.make_step(
+                apply, method, optimizer, training.cross_entropy(config.label_smoothing)
+            ),
+            self.state,
+            self.train_split,
+            jax.random.key(config.seed),
+            config.batch_size,
+            scan=not (on_cpu and models.ARCHITECTURES[config.model].convolutional),
+        )
+        self.compile_seconds = time.perf_counter() - self.started
+        print(f"compiled in {self.compile_seconds:.1f} s, writing to {folder.path}", flush=True)
+
+    def train(self) -> None:
+        """All epochs."""
+        with tqdm.tqdm(total=self.config.epochs, unit="epoch", file=sys.stderr) as bar:
+            for number in range(1, self.config.epochs + 1):
+                row = self._one_epoch(number)
+                tqdm.tqdm.write(
+                    f"epoch {number:3d}  loss {row['loss']:.4f}  "
+                    f"validation {100 * row['validation_accuracy']:6.2f} %  "
+                    f"{row['examples_per_second']:,.0f} examples/s",
+                    file=sys.stdout,
+                )
+                bar.update()
+
+    def _one_epoch(self, number: int) -> dict[str, Any]:
+        start = time.perf_counter()
+        self.state, losses = self.epoch(self.state, number)
+        losses = np.asarray(losses)
+        seconds = time.perf_counter() - start
+        if not np.isfinite(losses).all():
+            bad = int(np.flatnonzero(~np.isfinite(losses))[0])
+            step = (number - 1) * self.steps_per_epoch + bad
+            raise NonFiniteLossError(
+                f"stopped: the loss is {losses[bad]} at step {step} (epoch {number}); "
+                "a smaller --learning-rate or --rho may help"
+            )
+        accuracy = float(self.accuracy(self.state.params, self.state.stats, self.validation))
+        row = {
+            "epoch": number,
+            "step": number * self.steps_per_epoch,
+            "loss": float(losses.mean()),
+            "validation_accuracy": accuracy,
+            "examples_per_second": self.steps_per_epoch * self.config.batch_size / seconds,
+        }
+        self.folder.append_metrics(row)
+        # Among equals the later: it is trained longer.
+        if accuracy >= self.best_accuracy:
+            self.best_accuracy = accuracy
+            best = {"params": self.state.params, "stats": self.state.stats}
+            self.folder.save_checkpoint(number, best)
+        return row
+
+    def finish(self, status: str) -> dict[str, Any]:
+        """Tests the checkpoint; writes curves and summary."""
+        epoch = self.folder.best_epoch()
+        test_accuracy = None
+        if epoch is not None:
+            best = self.folder.restore_checkpoint(self.best)
+            test_accuracy = float(self.accuracy(best["params"], best["stats"], self.test))
+            self.folder.draw_curves()
+        summary = {
+            "status": status,
+            "epochs_completed": len(self.folder.metrics),
+            "epochs": self.config.epochs,
+            "checkpoint_epoch": epoch,
+            "validation_accuracy": None if epoch is None else self.best_accuracy,
+            "test_accuracy": test_accuracy,
+            "test_examples": len(self.test.labels),
+            "seconds": round(time.perf_counter() - self.started, 2),
+            "compile_seconds": round(self.compile_seconds, 2),
+            "device": jax.devices()[0].device_kind,
+            "versions": {"bisam_jax": bisam_jax.__version__, "jax": jax.__version__},
+        }
+        self.folder.write_json("summary.json", summary)
+        self.folder.close()
+        return summary
+
+
+def _method(config: Config) -> methods.Method:
+    names = methods.DEFAULTS[config.method]
+    return methods.make(config.method, **{name: getattr(config, name) for name in names})
+
+
+def _base_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
+    assert config.learning_rate is not None
+    assert config.weight_decay is not None
+    schedule = optax.cosine_decay_schedule(config.learning_rate, steps)
+    if config.base == "adamw":
+        return optax.adamw(schedule, weight_decay=config.weight_decay)
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay),
+        optax.sgd(schedule, momentum=config.momentum),
+    )
+
+
+def _as_json(config: Config) -> dict[str, Any]:
+    values = dataclasses.asdict(config)
+    return values | {"output": str(config.output)}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """The command line."""
+    config = command_line.parse(Config, __doc__ or "", args)
+    try:
+        summary = train(config)
+    except (FileExistsError, ValueError) as error:
+        hint = ": choose another --output" if isinstance(error, FileExistsError) else ""
+        command_line.fail(f"{error}{hint}")
+    except NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted: summary.json in the run folder says how far it got", file=sys.stderr)
+        raise SystemExit(130) from None
+    print(
+        f"test accuracy {100 * summary['test_accuracy']:.2f} % on {summary['test_examples']} "
+        f"examples (checkpoint of epoch {summary['checkpoint_epoch']}, {summary['seconds']:.1f} s)"
+    )
+
+
+if __name__ == "__main__":
+    main()
