@@ -9,6 +9,7 @@ is two calls: one for each gradient.
 
 import dataclasses
 import json
+import math
 import os
 import platform
 import statistics
@@ -50,12 +51,14 @@ class Config:
         for name, value in (("--steps", self.steps), ("--batch-size", self.batch_size)):
             if value < 2:
                 raise ValueError(f"{name} must be at least 2, got {value}")
-        if not self.rho >= 0:
-            raise ValueError(f"--rho must be at least 0, got {self.rho}")
+        if not 0 <= self.rho < math.inf:
+            raise ValueError(f"--rho must be finite, at least 0, got {self.rho}")
+        if self.output.is_dir() or not self.output.parent.is_dir():
+            raise ValueError(f"--output must be a file in an existing folder, got {self.output}")
 
 
 class Subject(NamedTuple):
-    """Something to time: `calls` times a step, `update(params, state, batch) -> (params, state)`."""
+    """Something to time: `calls` times a step, `update` from and to parameters and state."""
 
     name: str
     update: Callable

@@ -13,6 +13,10 @@ BASE_DEFAULTS = {
 }
 
 
+class ArgumentError(ValueError):
+    """An argument that cannot be used; the message names it as the command line does."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """What one run depends on. None is the default of the method or of the base optimizer."""
@@ -92,4 +96,4 @@ def _check(
     if not math.isfinite(value) or too_small or value > maximum:
         upper = f" and at most {maximum:g}" if maximum < math.inf else ""
         lower = f"greater than {minimum:g}" if exclusive else f"at least {minimum:g}"
-        raise ValueError(f"{name} must be finite, {lower}{upper}, got {value}")
+        raise ArgumentError(f"{name} must be finite, {lower}{upper}, got {value}")

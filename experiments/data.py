@@ -43,9 +43,9 @@ def digits(label_noise: float = 0.0, seed: int = 0) -> Dataset:
         Alpaydin and Kaynak, `Optical Recognition of Handwritten Digits
         <https://doi.org/10.24432/C50P49>`_, UCI Machine Learning Repository, 1998
     """
-    raw = load_digits()
-    images = (raw.images[..., None] / 16).astype(np.float32)
-    labels = raw.target.astype(np.int32)
+    pixels, targets = load_digits(return_X_y=True)
+    images = (pixels.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
+    labels = targets.astype(np.int32)
     rest, test = _stratified(np.arange(len(labels)), labels, 360)
     train, validation = _stratified(rest, labels, 180)
     noisy = labels.copy()
@@ -78,6 +78,7 @@ def on_device(split: Split) -> Split:
 def _stratified(
     indices: np.ndarray, labels: np.ndarray, held_out: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    return train_test_split(
+    kept, out = train_test_split(
         indices, test_size=held_out, stratify=labels[indices], random_state=SPLIT_SEED
     )
+    return np.asarray(kept), np.asarray(out)

@@ -18,7 +18,7 @@ import tqdm
 
 import bisam_jax
 from experiments import command_line, data, methods, models, runs, training
-from experiments.config import Config
+from experiments.config import ArgumentError, Config
 
 
 class NonFiniteLossError(Exception):
@@ -29,20 +29,23 @@ def train(config: Config) -> dict[str, Any]:
     """Trains as configured; returns the summary that it also writes to the run folder.
 
     Raises:
-        FileExistsError: if the run folder exists.
-        ValueError: if the batch is larger than the training set.
+        ArgumentError: if the batch is larger than the training set, or the run folder exists or
+            cannot be made.
         NonFiniteLossError: if a loss is not finite; names the step.
         KeyboardInterrupt: on Ctrl-C. In both cases the summary says how far the run got.
     """
     config = config.resolved()
     dataset = data.digits(config.label_noise, config.seed)
     if config.batch_size > len(dataset.train.labels):
-        raise ValueError(
+        raise ArgumentError(
             f"--batch-size must be at most the {len(dataset.train.labels)} training examples, "
             f"got {config.batch_size}"
         )
     assert config.output is not None
-    folder = runs.RunFolder(config.output)
+    try:
+        folder = runs.RunFolder(config.output)
+    except OSError as error:
+        raise ArgumentError(f"--output must be a new folder: {error}") from error
     folder.write_json("config.json", _as_json(config))
     folder.write_json("summary.json", {"status": "started", "epochs_completed": 0})
     print(" ".join(f"{name}={value}" for name, value in _as_json(config).items()))
@@ -184,9 +187,8 @@ def main(args: Sequence[str] | None = None) -> None:
     config = command_line.parse(Config, __doc__ or "", args)
     try:
         summary = train(config)
-    except (FileExistsError, ValueError) as error:
-        hint = ": choose another --output" if isinstance(error, FileExistsError) else ""
-        command_line.fail(f"{error}{hint}")
+    except ArgumentError as error:
+        command_line.fail(str(error))
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
