@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 
@@ -40,7 +41,9 @@ def check_scalar(
         )
     if isinstance(value, Tracer):
         return
-    number = float(value)
+    # As the default floating dtype has it: 1e39 is infinite in float32, and 1e-46 is zero.
+    with np.errstate(over="ignore"):
+        number = float(np.asarray(value, jnp.result_type(float)))
     too_small = number <= minimum if exclusive else number < minimum
     if not math.isfinite(number) or too_small or number > maximum:
         raise ValueError(
@@ -63,18 +66,28 @@ def _bounds(minimum: float, maximum: float, exclusive: bool) -> str:
     return lower + upper
 
 
+def check_transformation(name: str, value: Any) -> None:
+    """Raises unless `value` is an optax transformation.
+
+    Raises:
+        TypeError: if it is anything else.
+    """
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"{name} must be an optax transformation, such as the result of bisam(rho) or "
+            f"l2_ball(rho), got {value!r} of type {type(value).__name__}."
+        )
+
+
 def check_loss(name: str, value: Any) -> Any:
     """Returns what the user's loss function `name` returned, if it is a real floating scalar.
 
     Raises:
         TypeError: if it is anything else.
     """
-    is_array = jax.tree_util.treedef_is_leaf(jax.tree.structure(value))
-    if (
-        not is_array
-        or jnp.shape(value) != ()
-        or not jnp.issubdtype(jnp.result_type(value), jnp.floating)
-    ):
+    leaves = [] if value is None else jax.tree.leaves(value)
+    is_scalar = len(leaves) == 1 and leaves[0] is value and jnp.shape(leaves[0]) == ()
+    if not is_scalar or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
         got = jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", value)
         raise TypeError(
             f"{name} must return one real floating scalar, got {got}: take the mean over the "

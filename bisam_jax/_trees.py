@@ -1,6 +1,7 @@
 """Operations on trees of parameters and gradients, with norms in float32 at least."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,7 +55,9 @@ def at_least_float32(*dtypes: Any) -> Any:
 
 
 def _dtype(leaf: Any) -> Any:
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    # NumPy's default is float64, which JAX holds as float32 unless told otherwise.
+    return jax.dtypes.canonicalize_dtype(dtype) if dtype == np.float64 else dtype
 
 
 def fill_with_zeros(gradient: Tree, params: optax.Params) -> Tree:
@@ -115,6 +118,37 @@ def scale_to_norm(tree: Tree, norm: jax.typing.ArrayLike) -> Tree:
     return jax.tree.map(rescale, tree)
 
 
+def global_norm(tree: Tree) -> jax.Array:
+    """The L2 norm of the floating leaves together, in float32 at least."""
+    # The largest magnitude is taken out before squaring, as in `scale_to_norm`.
+    unit = scale_to_norm(float_part(tree), 1.0)
+    return vdot(unit, tree)
+
+
+def vdot(a: Tree, b: Tree) -> jax.Array:
+    """The inner product of the floating leaves, in float32 at least."""
+    pairs = zip(*(jax.tree.leaves(float_part(tree)) for tree in (a, b)), strict=True)
+    dtype = at_least_float32(*map(_dtype, jax.tree.leaves(float_part(a))))
+    products = [jnp.sum(jnp.asarray(x, dtype) * jnp.asarray(y, dtype)) for x, y in pairs]
+    return sum(products, jnp.zeros([], dtype))
+
+
+def map_floats(fn: Callable[..., jax.Array], tree: Tree, *rest: Tree) -> Tree:
+    """`fn` of the floating leaves, computed in float32 at least, in the dtypes of `tree`.
+
+    Leaves of `tree` that are not floating stay as they are.
+    """
+
+    def apply(leaf: Any, *others: Any) -> Any:
+        if not is_floating(leaf):
+            return leaf
+        dtype = at_least_float32(_dtype(leaf))
+        result = fn(*(jnp.asarray(x, dtype) for x in (leaf, *others)))
+        return jnp.asarray(result, _dtype(leaf))
+
+    return jax.tree.map(apply, tree, *rest)
+
+
 def check_same_structure(name: str, tree: Tree, params: optax.Params) -> None:
     """Raises unless `tree` has the leaves of `params`, in their shapes.
 
@@ -141,3 +175,9 @@ def check_same_structure(name: str, tree: Tree, params: optax.Params) -> None:
             raise ValueError(
                 f"{name} does not match params, which has no leaf at {path or 'the root'}."
             )
+    structures = jax.tree.structure(tree), jax.tree.structure(params)
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"{name} does not match params: its containers are {structures[0]}, where params has "
+            f"{structures[1]}."
+        )

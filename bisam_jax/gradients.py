@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax.microbatching import AccumulationType, Accumulator, micro_vmap, microbatch
 
-from bisam_jax._checks import check_loss
+from bisam_jax._checks import check_loss, check_transformation
 from bisam_jax._trees import fill_with_zeros, float_part, is_floating
 
 Batch = Any
@@ -36,7 +36,8 @@ def value_and_grad(
 
     Args:
         tx: :func:`bisam`, :func:`sam`, :func:`asam` or any other :func:`sharpness_aware`
-            transformation, alone or in a chain; ``state`` starts as ``tx.init(params)``.
+            transformation; ``state`` starts as ``tx.init(params)``. The base optimizer may follow
+            in a chain, but not with ``group_size``: all of ``tx`` runs once a group.
         loss_fn: ``loss_fn(params, batch)`` is the scalar loss to descend, a mean over the examples.
         perturbation_loss_fn: likewise the scalar loss to ascend; the same as ``loss_fn`` by
             default.
@@ -59,10 +60,11 @@ def value_and_grad(
 
     Raises:
         ValueError: if a size is not a positive integer, does not divide the batch (or the other
-            size), or if an array of the batch has no axis of examples; at trace time where it
+            size), or if an array of the batch has no axis of examples; if ``tx`` never evaluates
+            ``loss_fn`` although there is a ``perturbation_loss_fn``. At trace time where it
             depends on the batch.
-        TypeError: if ``loss_fn`` or ``perturbation_loss_fn`` does not return what ``has_aux``
-            says, or an aux leaf can neither be joined nor averaged.
+        TypeError: if ``tx`` is no transformation, if ``loss_fn`` or ``perturbation_loss_fn`` does
+            not return what ``has_aux`` says, or an aux leaf can neither be joined nor averaged.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -90,23 +92,29 @@ def value_and_grad(
         same batch gives the same numbers however it is laid over devices. Batch normalisation, by
         contrast, sees one group or microbatch at a time. ``optax.MultiSteps`` around a
         sharpness-aware step is neither of these options: it perturbs for every mini-batch it
-        accumulates.
+        accumulates. ``optax.conditionally_transform`` returns its input on the steps that it
+        skips; here that is the gradient of ``perturbation_loss_fn``, so call its ``update`` with
+        the gradient of ``loss_fn`` instead.
     """
+    check_transformation("tx", tx)
     tx = optax.with_extra_args_support(tx)
     _check_sizes(group_size, microbatch_size)
     clean_fn = _clean_pass_fn(loss_fn, perturbation_loss_fn, has_aux)
     descent_fn = _descent_fn(loss_fn, has_aux)
+    whole = _whole_step(tx, clean_fn, descent_fn, must_descend=perturbation_loss_fn is not None)
     if group_size is not None:
-        run = _grouped_step(tx, clean_fn, descent_fn, group_size, microbatch_size)
+        in_parts = _grouped_step(whole, clean_fn, group_size, microbatch_size)
     elif microbatch_size is not None:
-        run = _accumulated_step(tx, clean_fn, descent_fn, microbatch_size)
+        in_parts = _accumulated_step(tx, clean_fn, descent_fn, microbatch_size)
     else:
-        run = _whole_step(tx, clean_fn, descent_fn)
+        in_parts = whole
 
     def step(
         params: optax.Params, state: optax.OptState, batch: Batch, **extra_args: Any
     ) -> tuple[Any, optax.Updates, optax.OptState]:
-        _check_batch(batch, group_size=group_size, microbatch_size=microbatch_size)
+        examples = _check_batch(batch, group_size=group_size, microbatch_size=microbatch_size)
+        one_part = examples == (microbatch_size if group_size is None else group_size)
+        run = whole if one_part else in_parts
         (value, aux), grads, state = run(params, state, batch, **extra_args)
         return ((value, aux) if has_aux else value), grads, state
 
@@ -114,19 +122,30 @@ def value_and_grad(
 
 
 def _whole_step(
-    tx: optax.GradientTransformationExtraArgs, clean_fn: CleanFn, descent_fn: BatchLossFn
+    tx: optax.GradientTransformationExtraArgs,
+    clean_fn: CleanFn,
+    descent_fn: BatchLossFn,
+    *,
+    must_descend: bool,
 ) -> Step:
     clean_pass = _with_float_grad(jax.value_and_grad(clean_fn, has_aux=True, allow_int=True))
 
     def step(params: Any, state: Any, batch: Batch, **extra_args: Any) -> tuple:
+        descended = False
+
+        def loss_fn(point: optax.Params) -> jax.Array:
+            nonlocal descended
+            descended = True
+            return descent_fn(point, batch)
+
         out, ascent = clean_pass(params, batch)
-        grads, state = tx.update(
-            fill_with_zeros(ascent, params),
-            state,
-            params,
-            loss_fn=lambda point: descent_fn(point, batch),
-            **extra_args,
-        )
+        ascent = fill_with_zeros(ascent, params)
+        grads, state = tx.update(ascent, state, params, loss_fn=loss_fn, **extra_args)
+        if must_descend and not descended:
+            raise ValueError(
+                "tx never evaluated loss_fn, so it would descend perturbation_loss_fn: it must be "
+                "or contain a sharpness-aware transformation, such as bisam(rho)."
+            )
         return out, grads, state
 
     return step
@@ -161,14 +180,9 @@ def _accumulated_step(
 
 
 def _grouped_step(
-    tx: optax.GradientTransformationExtraArgs,
-    clean_fn: CleanFn,
-    descent_fn: BatchLossFn,
-    group_size: int,
-    microbatch_size: int | None,
+    whole_step: Step, clean_fn: CleanFn, group_size: int, microbatch_size: int | None
 ) -> Step:
     """The mean of one whole step a group."""
-    whole_step = _whole_step(tx, clean_fn, descent_fn)
 
     def step(params: Any, state: Any, batch: Batch, **extra_args: Any) -> tuple:
         def group_step(group: Batch) -> tuple:
@@ -181,7 +195,7 @@ def _grouped_step(
             group_step,
             microbatch_size=microbatch_size and microbatch_size // group_size,
             accumulator=((_MEAN, aux_rule), _MEAN, state_rule),
-        )(jax.tree.map(lambda x: x.reshape(-1, group_size, *x.shape[1:]), batch))
+        )(jax.tree.map(lambda x: _in_groups(jnp.asarray(x), group_size), batch))
         return (value, _reshaped(aux, aux_shapes)), fill_with_zeros(grads, params), state
 
     return step
@@ -246,21 +260,41 @@ def _rule_for_aux(
 
     What has an axis of examples is told by tracing `clean_fn` on the whole batch and on a part.
     """
-    whole = jax.eval_shape(clean_fn, params, batch)[1]
-    part = jax.eval_shape(clean_fn, params, jax.tree.map(lambda x: x[:size], batch))[1]
+    examples = len(jax.tree.leaves(batch)[0])
+
+    def shapes_for(length: int) -> Any:
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((length, *x.shape[1:]), x.dtype), batch
+        )
+        return jax.eval_shape(clean_fn, params, shapes)[1]
+
+    whole, part = shapes_for(examples), shapes_for(size)
 
     def rule(path: Any, whole: jax.ShapeDtypeStruct, part: jax.ShapeDtypeStruct) -> Any:
-        if whole.shape != part.shape:
-            return AccumulationType.CONCAT
-        if jnp.issubdtype(whole.dtype, jnp.floating):
+        if whole.shape == part.shape and jnp.issubdtype(whole.dtype, jnp.floating):
             return _MEAN
+        rest = whole.shape[1:]
+        if (whole.shape, part.shape) == ((examples, *rest), (size, *rest)):
+            return AccumulationType.CONCAT
         raise TypeError(
             f"the aux leaf at {jax.tree_util.keystr(path) or 'the root'}, "
             f"{whole.dtype}{list(whole.shape)}, can be neither joined nor averaged over groups or "
-            "microbatches: return one value an example, or a floating mean."
+            "microbatches: return an array with the examples along its first axis, or a floating "
+            "mean."
         )
 
     return jax.tree_util.tree_map_with_path(rule, whole, part), whole
+
+
+def _in_groups(x: jax.Array, size: int) -> jax.Array:
+    """Splits the first axis in two, with each group where its examples are."""
+    shape = (-1, size, *x.shape[1:])
+    sharding = jax.typeof(x).sharding
+    if not sharding.mesh.are_all_axes_explicit:
+        return x.reshape(shape)
+    first, *others = (*sharding.spec, None)[: x.ndim]
+    spec = jax.sharding.PartitionSpec(first, None, *others)
+    return x.reshape(shape, out_sharding=jax.sharding.NamedSharding(sharding.mesh, spec))
 
 
 def _reshaped(tree: Any, shapes: Any) -> Any:
@@ -278,9 +312,10 @@ def _check_sizes(group_size: int | None, microbatch_size: int | None) -> None:
         )
 
 
-def _check_batch(batch: Batch, **sizes: int | None) -> None:
+def _check_batch(batch: Batch, **sizes: int | None) -> int | None:
+    """The number of examples, if there are sizes to check it with."""
     if all(size is None for size in sizes.values()):
-        return
+        return None
     lengths = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
         place = f"batch{jax.tree_util.keystr(path)}"
@@ -301,3 +336,4 @@ def _check_batch(batch: Batch, **sizes: int | None) -> None:
             raise ValueError(
                 f"{name} must divide the batch, got {name}={size} for {length} examples."
             )
+    return length

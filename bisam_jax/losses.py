@@ -135,15 +135,16 @@ def perturbation_loss(
     axis: int = -1,
     where: Bool[ArrayLike, "*batch classes"] | None = None,
 ) -> Float[Array, "*batch"]:
-    r"""BiSAM's perturbation loss: a smooth lower bound of the 0-1 loss, to be maximised.
+    r"""BiSAM's perturbation loss: a smooth maximum of lower bounds of the 0-1 loss.
 
     With the margins :math:`F` of ``logits`` and ``labels``, :math:`\phi` (``lower_bound``) and
     :math:`\mu` (``mu``), returns for each example
 
     .. math:: Q = \frac{1}{\mu} \log \sum_j e^{\mu \phi(F_j)},
 
-    where :math:`j` runs over all classes, the true one included. It exceeds
-    :math:`\max_j \phi(F_j)` by at most :math:`\log(K)/\mu` for :math:`K` classes.
+    where :math:`j` runs over all classes, the true one included: what the player who picks the
+    perturbation maximises. It exceeds :math:`\max_j \phi(F_j)`, which is a lower bound of the 0-1
+    loss, by at most :math:`\log(K)/\mu` for :math:`K` classes.
 
     Args:
         logits: unnormalised log probabilities, floating, with the classes along ``axis``.
@@ -240,6 +241,8 @@ def _checked(logits: ArrayLike, labels: ArrayLike, axis: int) -> tuple[jax.Array
             f"labels must be integers (class indices), got dtype {labels.dtype}; "
             "for one-hot labels, pass labels.argmax(-1)."
         )
+    if not isinstance(axis, int):
+        raise TypeError(f"axis must be an integer, got {axis!r}.")
     if not -logits.ndim <= axis < logits.ndim:
         raise ValueError(f"axis {axis} is out of bounds for logits of shape {logits.shape}.")
     axis %= logits.ndim
@@ -249,7 +252,7 @@ def _checked(logits: ArrayLike, labels: ArrayLike, axis: int) -> tuple[jax.Array
             f"labels must have the shape of logits without axis {axis}, {expected}, got "
             f"{labels.shape} for logits of shape {logits.shape}."
         )
-    return _at_least_float32(logits), labels
+    return _at_least_float32(logits), labels.astype(jnp.int32)
 
 
 def _class_mask(where: ArrayLike, shape: tuple[int, ...], axis: int) -> jax.Array:

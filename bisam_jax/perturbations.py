@@ -88,7 +88,8 @@ def adaptive_l2_ball(
         eta: added to each weight's size; a scalar >= 0, possibly traced.
         where: which leaves get :math:`T`; elsewhere :math:`T = 1`. A tree of booleans with the
             structure of the parameters or a prefix of it, or a function from the parameters to
-            one; all leaves by default.
+            one; all leaves by default. Under ``optax.inject_hyperparams``, which takes functions
+            for schedules, name it in ``static_args``.
 
     Returns:
         A transformation whose updates are the perturbation; its ``update`` needs ``params``.
@@ -126,6 +127,8 @@ def adaptive_l2_ball(
                 "adaptive_l2_ball needs the parameters: call update(gradient, state, params)."
             )
         check_same_structure("the gradient", gradient, params)
+        # First to unit norm, so that neither large nor small gradients leave the range.
+        gradient = scale_to_norm(gradient, 1.0)
         sizes = _sizes(params, gradient, eta, where)
         scaled = jax.tree.map(lambda size, g: size * g, sizes, gradient)
         return jax.tree.map(lambda size, u: size * u, sizes, scale_to_norm(scaled, radius))
@@ -156,7 +159,10 @@ def _ball(
         del extra_args
         if not callable(rho):
             return worst_point(updates, rho, params), state
-        eps = worst_point(updates, rho(state.radius_count), params)
+        radius = rho(state.radius_count)
+        if jnp.shape(radius) != ():
+            raise ValueError(f"rho must return a scalar, got shape {jnp.shape(radius)}.")
+        eps = worst_point(updates, radius, params)
         count = jnp.asarray(optax.safe_increment(state.radius_count))
         return eps, ScheduledRadiusState(count)
 

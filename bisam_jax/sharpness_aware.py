@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bisam_jax._checks import check_loss
-from bisam_jax._trees import check_same_structure, float_part, is_floating, perturb
+from bisam_jax._checks import check_loss, check_transformation
+from bisam_jax._trees import check_same_structure, fill_with_zeros, float_part, is_floating, perturb
 from bisam_jax.perturbations import adaptive_l2_ball, l2_ball
 
 LossFn = Callable[[optax.Params], jax.Array]
@@ -45,9 +45,10 @@ def sharpness_aware(
       ``grad_fn``, from parameters to the gradient of :math:`L`, for users who differentiate
       themselves. It is called once, at :math:`w + \epsilon`.
     * ``perturbation_loss_fn``, from parameters to the scalar :math:`Q` on this batch, called once,
-      at ``params``. ``grads`` is then not used. Without it ``grads`` itself is ascended: pass the
-      gradient of :math:`L` for SAM, or that of :math:`Q`, from a ``jax.value_and_grad`` of your
-      own with ``has_aux=True``, to keep the clean pass's logits and batch statistics.
+      at ``params``. ``grads`` is then not used, and may be None. Without it ``grads`` itself is
+      ascended: pass the gradient of :math:`L` for SAM, or that of :math:`Q`, from a
+      ``jax.value_and_grad`` of your own with ``has_aux=True``, to keep the clean pass's logits and
+      batch statistics.
     * any other argument, which is passed on to the perturbation.
 
     The functions must be pure: batch statistics that the perturbed pass would update are to be
@@ -63,13 +64,14 @@ def sharpness_aware(
         A transformation from the ascent gradient to the descent gradient, in the dtypes of the
         parameters. ``loss_fn`` is given parameters in float32 at least: in bfloat16, most of a
         small :math:`\epsilon` would be rounded away. Leaves that are not floating are not
-        perturbed, and keep their entry of ``grads``.
+        perturbed, and keep their entry of ``grads`` (zero, if ``grads`` is None).
 
     Raises:
         ValueError: in ``update``, at trace time: if ``params`` is missing, if neither or both of
             ``loss_fn`` and ``grad_fn`` are given, if gradients do not match the parameters, if it
             stands inside :func:`optax.masked`.
-        TypeError: if a loss is not a real scalar, or a parameter complex.
+        TypeError: if ``perturbation`` is no transformation, a loss no real scalar, or a parameter
+            complex.
 
     Examples:
         >>> import jax
@@ -94,6 +96,7 @@ def sharpness_aware(
         the parameters between steps, one during a step. ``optax.MultiSteps`` around it perturbs on
         every mini-batch; see :func:`bisam_jax.value_and_grad` for accumulation.
     """
+    check_transformation("perturbation", perturbation)
     perturbation = optax.with_extra_args_support(perturbation)
 
     def init_fn(params: optax.Params) -> SharpnessAwareState:
@@ -220,7 +223,7 @@ def asam(
 
 
 def ascent_gradient(
-    grads: optax.Updates, params: optax.Params, perturbation_loss_fn: LossFn | None
+    grads: optax.Updates | None, params: optax.Params, perturbation_loss_fn: LossFn | None
 ) -> optax.Updates:
     """The floating part of the gradient to ascend."""
     if perturbation_loss_fn is not None:
@@ -259,15 +262,15 @@ def gradient_of(name: str, fn: LossFn) -> GradFn:
 
 
 def _for_base_optimizer(
-    gradient: optax.Updates, grads: optax.Updates, params: optax.Params
+    gradient: optax.Updates, grads: optax.Updates | None, params: optax.Params
 ) -> optax.Updates:
     """The descent gradient in the parameters' dtypes; where they are not floating, `grads`."""
 
     def cast(g: Any, p: Any) -> jax.Array:
         return jnp.asarray(g, jnp.result_type(p))
 
-    if all(map(is_floating, jax.tree.leaves(params))):
-        return jax.tree.map(cast, gradient, params)
+    if grads is None or all(map(is_floating, jax.tree.leaves(params))):
+        return fill_with_zeros(float_part(gradient), params)
     return jax.tree.map(
         lambda p, g, fallback: cast(g, p) if is_floating(p) else fallback,
         params,

@@ -13,6 +13,9 @@ BASE_DEFAULTS = {
 }
 
 
+FLOAT32_MAX = 3.4e38
+
+
 class ArgumentError(ValueError):
     """An argument that cannot be used; the message names it as the command line does."""
 
@@ -93,7 +96,7 @@ def _check(
     if value is None:
         return
     too_small = value <= minimum if exclusive else value < minimum
-    if not math.isfinite(value) or too_small or value > maximum:
+    if not abs(value) < FLOAT32_MAX or too_small or value > maximum:
         upper = f" and at most {maximum:g}" if maximum < math.inf else ""
         lower = f"greater than {minimum:g}" if exclusive else f"at least {minimum:g}"
         raise ArgumentError(f"{name} must be finite, {lower}{upper}, got {value}")

@@ -19,6 +19,7 @@ import tqdm
 import bisam_jax
 from experiments import command_line, data, methods, models, runs, training
 from experiments.config import ArgumentError, Config
+from experiments.interruption import Interruption
 
 
 class NonFiniteLossError(Exception):
@@ -32,7 +33,8 @@ def train(config: Config) -> dict[str, Any]:
         ArgumentError: if the batch is larger than the training set, or the run folder exists or
             cannot be made.
         NonFiniteLossError: if a loss is not finite; names the step.
-        KeyboardInterrupt: on Ctrl-C. In both cases the summary says how far the run got.
+        KeyboardInterrupt: on Ctrl-C, after the epoch. In both cases the summary says how far the
+            run got.
     """
     config = config.resolved()
     dataset = data.digits(config.label_noise, config.seed)
@@ -49,16 +51,17 @@ def train(config: Config) -> dict[str, Any]:
     folder.write_json("config.json", _as_json(config))
     folder.write_json("summary.json", {"status": "started", "epochs_completed": 0})
     print(" ".join(f"{name}={value}" for name, value in _as_json(config).items()))
-    run = _Run(config, dataset, folder)
-    try:
-        run.train()
-    except KeyboardInterrupt:
-        run.finish("interrupted")
-        raise
-    except NonFiniteLossError as error:
-        run.finish(str(error))
-        raise
-    return run.finish("finished")
+    with Interruption() as interruption:
+        run = _Run(config, dataset, folder)
+        try:
+            run.train(interruption)
+        except NonFiniteLossError as error:
+            run.finish(str(error))
+            raise
+        if interruption.requested and len(folder.metrics) < config.epochs:
+            run.finish("interrupted")
+            raise KeyboardInterrupt
+        return run.finish("finished")
 
 
 class _Run:
@@ -93,8 +96,8 @@ class _Run:
         self.compile_seconds = time.perf_counter() - self.started
         print(f"compiled in {self.compile_seconds:.1f} s, writing to {folder.path}", flush=True)
 
-    def train(self) -> None:
-        """All epochs."""
+    def train(self, interruption: Interruption) -> None:
+        """All epochs, or those before an interruption."""
         with tqdm.tqdm(total=self.config.epochs, unit="epoch", file=sys.stderr) as bar:
             for number in range(1, self.config.epochs + 1):
                 row = self._one_epoch(number)
@@ -105,20 +108,23 @@ class _Run:
                     file=sys.stdout,
                 )
                 bar.update()
+                if interruption.requested:
+                    break
 
     def _one_epoch(self, number: int) -> dict[str, Any]:
         start = time.perf_counter()
         self.state, losses = self.epoch(self.state, number)
         losses = np.asarray(losses)
         seconds = time.perf_counter() - start
-        if not np.isfinite(losses).all():
-            bad = int(np.flatnonzero(~np.isfinite(losses))[0])
-            step = (number - 1) * self.steps_per_epoch + bad
+        accuracy = float(self.accuracy(self.state.params, self.state.stats, self.validation))
+        # The accuracy tells of the parameters after the epoch's last step.
+        bad = np.flatnonzero(~np.isfinite([*losses, accuracy]))
+        if bad.size:
+            step = (number - 1) * self.steps_per_epoch + bad[0]
             raise NonFiniteLossError(
-                f"stopped: the loss is {losses[bad]} at step {step} (epoch {number}); "
+                f"stopped: the loss is not finite at step {step} (epoch {number}); "
                 "a smaller --learning-rate or --rho may help"
             )
-        accuracy = float(self.accuracy(self.state.params, self.state.stats, self.validation))
         row = {
             "epoch": number,
             "step": number * self.steps_per_epoch,
@@ -193,7 +199,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("interrupted: summary.json in the run folder says how far it got", file=sys.stderr)
+        print("summary.json in the run folder says how far it got", file=sys.stderr)
         raise SystemExit(130) from None
     print(
         f"test accuracy {100 * summary['test_accuracy']:.2f} % on {summary['test_examples']} "

@@ -136,11 +136,15 @@ def make_epoch(
 
 
 def make_accuracy(apply: Callable[..., tuple[jax.Array, Any]]) -> Callable:
-    """`accuracy(params, stats, split)`: the share of right predictions, a float32 scalar."""
+    """`accuracy(params, stats, split)`: the share of right predictions, a float32 scalar.
+
+    NaN if a logit is not finite: the largest of such logits would be class 0.
+    """
 
     @jax.jit
     def accuracy(params: Any, stats: Any, split: Split) -> jax.Array:
         logits, _ = apply(params, stats, split.images, train=False)
-        return jnp.mean(logits.argmax(-1) == split.labels)
+        right = jnp.mean(logits.argmax(-1) == split.labels)
+        return jnp.where(jnp.isfinite(logits).all(), right, jnp.nan)
 
     return accuracy

@@ -302,6 +302,17 @@ def test_map_params_finds_no_parameters_in_the_state(method):
             r"loss_fn must return one real floating scalar, got float32\[3\]",
         ),
         ({"loss_fn": lambda p: (loss_fn(p), 1)}, TypeError, "loss_fn must return one real"),
+        ({"loss_fn": lambda p: None}, TypeError, "loss_fn must return one real"),
+        (
+            {"grads": {"hidden": tuple(GRADS["hidden"].values()), "head": GRADS["head"]}},
+            ValueError,
+            r"grads does not match params: no leaf at \['hidden'\]\['b'\]",
+        ),
+        (
+            {"params": [PARAMS["hidden"]["w"]], "grads": (GRADS["hidden"]["w"],)},
+            ValueError,
+            "grads does not match params: its containers are",
+        ),
         ({"loss_fn": lambda p: 1}, TypeError, "loss_fn must return one real"),
         (
             {"perturbation_loss_fn": lambda p: p["head"]["b"]},

@@ -139,6 +139,23 @@ def test_shard_map(mesh, synchronised, check_vma):
     assert optax.tree.get(new_state, "radius_count") == 1
 
 
+@pytest.mark.parametrize("group_size", [2, 4])
+def test_groups_on_a_mesh_with_explicit_axes(group_size):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    tx = bisam(0.3)
+
+    def with_aux(params, batch):
+        return loss_of_batch(params, batch), batch["x"] * 2
+
+    step = value_and_grad(tx, with_aux, has_aux=True, group_size=group_size)
+    (_, aux), expected, _ = jax.jit(step)(PARAMS, tx.init(PARAMS), BATCH)
+    with jax.set_mesh(mesh):
+        batch = jax.device_put(BATCH, NamedSharding(mesh, P("data")))
+        (_, sharded_aux), grads, _ = jax.jit(step)(PARAMS, tx.init(PARAMS), batch)
+    chex.assert_trees_all_close(jax.device_get(grads), jax.device_get(expected), **CLOSE)
+    chex.assert_trees_all_close(jax.device_get(sharded_aux), jax.device_get(aux))
+
+
 @pytest.mark.parametrize("sizes", [{"group_size": 4}, {"group_size": 2, "microbatch_size": 16}])
 def test_groups_are_the_same_on_one_and_eight_devices(mesh, sizes):
     tx = bisam(0.3)

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from bisam_jax import asam, bisam, sam, value_and_grad
+from bisam_jax import asam, bisam, l2_ball, sam, value_and_grad
 from tests.problems import (
     loss_of_batch,
     mlp_batch,
@@ -178,6 +178,29 @@ def test_extra_args_and_numpy_batches():
         chex.assert_trees_all_close(with_extra, step(PARAMS, TX.init(PARAMS), BATCH), **CLOSE)
 
 
+def test_integer_aux_of_one_or_several_parts():
+    def loss_fn(params, batch):
+        return loss_of_batch(params, batch), mlp_logits(params, batch["x"]).argmax(-1) == batch["y"]
+
+    expected = value_and_grad(TX, loss_fn, has_aux=True)(PARAMS, TX.init(PARAMS), BATCH)[0][1]
+    for size in (4, 16):
+        for name in ("group_size", "microbatch_size"):
+            step = value_and_grad(TX, loss_fn, has_aux=True, **{name: size})
+            np.testing.assert_array_equal(step(PARAMS, TX.init(PARAMS), BATCH)[0][1], expected)
+
+
+@pytest.mark.parametrize("tx", [optax.sgd(0.1), l2_ball(0.1)], ids=["sgd", "ball"])
+def test_a_transformation_that_never_descends_is_refused(tx):
+    step = value_and_grad(tx, loss_of_batch, perturbation_loss_of_batch)
+    with pytest.raises(ValueError, match="tx never evaluated loss_fn"):
+        step(PARAMS, tx.init(PARAMS), BATCH)
+
+
+def test_tx_must_be_a_transformation():
+    with pytest.raises(TypeError, match="tx must be an optax transformation"):
+        value_and_grad(bisam, loss_of_batch)
+
+
 def test_per_example_keys_are_split_with_the_batch():
     batch = {**BATCH, "key": jax.random.split(jax.random.key(3), 16)}
 
@@ -223,6 +246,15 @@ def step_with(**arguments):
             {"group_size": 4, "batch": {**BATCH, "y": BATCH["y"][:8]}},
             ValueError,
             "the arrays of batch must have one number of examples",
+        ),
+        (
+            {
+                "loss_fn": lambda p, b: (loss_of_batch(p, b), b["x"].T),
+                "has_aux": True,
+                "group_size": 4,
+            },
+            TypeError,
+            "can be neither joined nor averaged",
         ),
         (
             {"has_aux": True},

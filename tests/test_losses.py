@@ -206,6 +206,14 @@ def test_where_of_examples_as_in_optax():
     assert (grads[0] == 0).all()
 
 
+def test_labels_of_a_narrow_type_reach_every_class():
+    logits = jax.random.normal(jax.random.key(0), (2, 300))
+    labels = jnp.array([0, 255])
+    for loss in LOSSES.values():
+        narrow = loss(logits, labels.astype(jnp.uint8))
+        np.testing.assert_array_equal(narrow, loss(logits, labels))
+
+
 LOGITS, LABELS = jnp.zeros((4, 3)), jnp.zeros(4, jnp.int32)
 
 
@@ -226,6 +234,8 @@ LOGITS, LABELS = jnp.zeros((4, 3)), jnp.zeros(4, jnp.int32)
             r"logits must be floating",
         ),
         (lambda: perturbation_loss(LOGITS, LABELS, mu=0.0), ValueError, r"mu must be finite, > 0"),
+        (lambda: perturbation_loss(LOGITS, LABELS, axis=None), TypeError, "axis must be an int"),
+        (lambda: perturbation_loss(LOGITS, LABELS, mu=1e-46), ValueError, "mu must be finite, > 0"),
         (lambda: perturbation_loss(LOGITS, LABELS, mu=-1), ValueError, r"mu must be finite, > 0"),
         (lambda: perturbation_loss(LOGITS, LABELS, mu=np.nan), ValueError, r"mu must be finite"),
         (lambda: perturbation_loss(LOGITS, LABELS, mu="1"), TypeError, r"mu must be a real number"),

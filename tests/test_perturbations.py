@@ -84,6 +84,15 @@ def test_extreme_gradients_keep_their_direction(size):
     np.testing.assert_allclose(perturb(ball, gradient, params), expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("size", [1e-37, 2e37])
+def test_adaptive_scales_do_not_leave_the_range(size):
+    gradient, params = jnp.array([3.0, -4.0]) * jnp.float32(size), jnp.array([10.0, 20.0])
+    expected = perturb(adaptive_l2_ball(0.5), jnp.array([3.0, -4.0]), params)
+    np.testing.assert_allclose(
+        perturb(adaptive_l2_ball(0.5), gradient, params), expected, rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize("value", [jnp.inf, -jnp.inf, jnp.nan])
 def test_non_finite_gradients_are_not_hidden(value):
     gradient = {"a": jnp.array([value, 1.0]), "b": jnp.array(1.0)}
@@ -158,7 +167,9 @@ def test_gradient_through_the_perturbation_is_finite_and_right():
     assert (jax.grad(first_component)(jnp.zeros(2)) == 0).all()
 
 
-@pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf"), np.float32(-1), jnp.array(-1.0)])
+@pytest.mark.parametrize(
+    "rho", [-0.1, float("nan"), float("inf"), 1e39, np.float32(-1), jnp.array(-1.0)]
+)
 @pytest.mark.parametrize("make", [l2_ball, adaptive_l2_ball])
 def test_bad_radius(make, rho):
     with pytest.raises(ValueError, match=r"rho must be finite, >= 0, got"):
@@ -169,6 +180,11 @@ def test_bad_radius(make, rho):
     ("call", "error", "message"),
     [
         (lambda: l2_ball("0.1"), TypeError, "rho must be a real number, got '0.1'"),
+        (
+            lambda: perturb(l2_ball(lambda count: jnp.ones(3)), GRADIENT),
+            ValueError,
+            r"rho must return a scalar, got shape \(3,\)",
+        ),
         (lambda: l2_ball(None), TypeError, "rho must be a real number"),
         (lambda: l2_ball(True), TypeError, "rho must be a real number"),
         (lambda: l2_ball(1j), TypeError, "rho must be a real number"),

@@ -99,10 +99,40 @@ def test_perturbation_that_does_not_match_is_named():
         descent(sharpness_aware(broken), loss_fn=quadratic)
 
 
+@pytest.mark.parametrize("perturbation", [0.05, l2_ball, None])
+def test_perturbation_must_be_a_transformation(perturbation):
+    with pytest.raises(TypeError, match="perturbation must be an optax transformation"):
+        sharpness_aware(perturbation)
+
+
+def test_missing_grads_are_zero_at_leaves_that_are_not_floating():
+    params = {"w": jnp.asarray(W), "i": jnp.arange(2)}
+    tx = bisam(0.3)
+    grads, _ = tx.update(
+        None,
+        tx.init(params),
+        params,
+        loss_fn=lambda p: quadratic(p["w"]),
+        perturbation_loss_fn=lambda p: linear(p["w"]),
+    )
+    np.testing.assert_array_equal(grads["i"], [0, 0])
+    np.testing.assert_allclose(grads["w"], A @ (W + 0.3 * C / 13) - B, rtol=1e-12)
+
+
+def test_numpy_parameters_of_double_precision():
+    with jax.enable_x64(False):
+        grads, _ = sam(0.3).update(GRADIENT, sam(0.3).init(W), W, loss_fn=lambda w: jnp.sum(w**2))
+        assert grads.dtype == jnp.float32
+
+
 def test_grads_are_not_looked_at_when_the_perturbation_loss_is_given():
     tx = bisam(0.3)
     expected = descent(tx, loss_fn=quadratic, perturbation_loss_fn=linear)
     nan = jnp.full(2, jnp.nan)
+    without, _ = tx.update(
+        None, tx.init(W), jnp.asarray(W), loss_fn=quadratic, perturbation_loss_fn=linear
+    )
+    np.testing.assert_array_equal(without, expected)
     actual, _ = tx.update(
         nan, tx.init(W), jnp.asarray(W), loss_fn=quadratic, perturbation_loss_fn=linear
     )

@@ -167,6 +167,7 @@ def test_same_seed_same_run(tmp_path, capsys):
         (["--epochs", "many"], "Error parsing --epochs: invalid literal"),
         (["--nonsense"], "Unrecognized options: --nonsense"),
         (["--rho", "-0.1"], "--rho must be finite, at least 0, got -0.1"),
+        (["--rho", "1e39"], "--rho must be finite, at least 0, got 1e+39"),
         (["--rho", "nan"], "--rho must be finite, at least 0, got nan"),
         (["--mu", "0"], "--mu must be finite, greater than 0, got 0.0"),
         (["--alpha", "-1"], "--alpha must be finite, greater than 0"),
@@ -214,11 +215,14 @@ def test_an_existing_folder_is_never_overwritten(tmp_path, capsys):
     assert err.count("\n") == 1
 
 
-def test_a_non_finite_loss_stops_the_run_and_names_the_step(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "args", [["--learning-rate", "1e38"], ["--learning-rate", "1e38", "--batch-size", "1257"]]
+)
+def test_a_non_finite_loss_stops_the_run_and_names_the_step(args, tmp_path, capsys):
     folder = tmp_path / "run"
-    status, _, err = run(capsys, *SHORT, "--learning-rate", "1e38", "--output", folder)
+    status, _, err = run(capsys, *SHORT, *args, "--output", folder)
     assert status == 1
-    assert re.search(r"error: stopped: the loss is \w+ at step \d+ \(epoch 1\)", err)
+    assert re.search(r"error: stopped: the loss is not finite at step \d+ \(epoch 1\)", err)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"].startswith("stopped: the loss is")
     assert summary["epochs_completed"] == 0
@@ -233,7 +237,10 @@ def test_interruption_leaves_a_readable_run(tmp_path):
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "Traceback" not in err
     summary = json.loads((folder / "summary.json").read_text())
