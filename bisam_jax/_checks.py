@@ -66,6 +66,24 @@ def _bounds(minimum: float, maximum: float, exclusive: bool) -> str:
     return lower + upper
 
 
+def check_count(name: str, value: Any) -> None:
+    """Raises unless `value` is a positive integer; of a tracer, only the dtype is checked.
+
+    Raises:
+        TypeError: if it is not an integer.
+        ValueError: if it is not a scalar, or less than 1.
+    """
+    check_scalar(name, value, minimum=1)
+    if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+        raise TypeError(f"{name} must be an integer, got {value!r}.")
+
+
+def as_key(key: Any) -> jax.Array:
+    """A random key: the given one, or the one of an integer seed."""
+    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if is_key else jax.random.key(key)
+
+
 def check_transformation(name: str, value: Any) -> None:
     """Raises unless `value` is an optax transformation.
 

@@ -76,6 +76,15 @@ def fill_with_zeros(gradient: Tree, params: optax.Params) -> Tree:
     return jax.tree.map(fill, params, gradient)
 
 
+def as_cotangent(gradient: Tree, params: optax.Params) -> Tree:
+    """A gradient of the floating part as JAX wants it: float0 in place of None."""
+
+    def fill(p: Any, g: Any) -> Any:
+        return np.zeros(jnp.shape(p), jax.dtypes.float0) if g is None else jnp.asarray(g, _dtype(p))
+
+    return jax.tree.map(fill, params, gradient)
+
+
 def perturb(params: optax.Params, eps: Tree) -> optax.Params:
     """`params + eps`, in float32 at least; leaves with None in `eps` stay as they are."""
 
@@ -147,6 +156,34 @@ def map_floats(fn: Callable[..., jax.Array], tree: Tree, *rest: Tree) -> Tree:
         return jnp.asarray(result, _dtype(leaf))
 
     return jax.tree.map(apply, tree, *rest)
+
+
+def for_base_optimizer(
+    gradient: optax.Updates, grads: optax.Updates | None, params: optax.Params
+) -> optax.Updates:
+    """The descent gradient in the parameters' dtypes; where they are not floating, `grads`."""
+
+    def cast(p: Any, g: Any, fallback: Any) -> Any:
+        return jnp.asarray(g, _dtype(p)) if is_floating(p) else fallback
+
+    if grads is None or all(map(is_floating, jax.tree.leaves(params))):
+        return fill_with_zeros(float_part(gradient), params)
+    return jax.tree.map(cast, params, gradient, grads)
+
+
+def check_not_masked(params: optax.Params) -> None:
+    """Raises inside `optax.masked`, which would hand masked parameters to the user's functions."""
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
+        raise ValueError(
+            "optax.masked (or optax.partition) around a sharpness-aware transformation would hand "
+            "loss_fn masked parameters. To perturb only some leaves, freeze the others before the "
+            "ball: sharpness_aware(optax.chain(optax.transforms.freeze(mask), l2_ball(rho))). To "
+            "train only some leaves, mask what comes after it in the chain."
+        )
 
 
 def check_same_structure(name: str, tree: Tree, params: optax.Params) -> None:

@@ -9,7 +9,7 @@ import optax
 from optax.microbatching import AccumulationType, Accumulator, micro_vmap, microbatch
 
 from bisam_jax._checks import check_loss, check_transformation
-from bisam_jax._trees import fill_with_zeros, float_part, is_floating
+from bisam_jax._trees import as_cotangent, fill_with_zeros, float_part, is_floating
 
 Batch = Any
 BatchLossFn = Callable[[optax.Params, Batch], Any]
@@ -100,12 +100,20 @@ def value_and_grad(
     tx = optax.with_extra_args_support(tx)
     _check_sizes(group_size, microbatch_size)
     clean_fn = _clean_pass_fn(loss_fn, perturbation_loss_fn, has_aux)
-    descent_fn = _descent_fn(loss_fn, has_aux)
-    whole = _whole_step(tx, clean_fn, descent_fn, must_descend=perturbation_loss_fn is not None)
+    descended = _without_aux("loss_fn", loss_fn, has_aux)
+    ascended = None
+    if perturbation_loss_fn is not None:
+        ascended = _without_aux("perturbation_loss_fn", perturbation_loss_fn, has_aux)
+    whole = _step(tx, _clean_pass(clean_fn), descended, ascended)
     if group_size is not None:
         in_parts = _grouped_step(whole, clean_fn, group_size, microbatch_size)
     elif microbatch_size is not None:
-        in_parts = _accumulated_step(tx, clean_fn, descent_fn, microbatch_size)
+        in_parts = _step(
+            tx,
+            _accumulated_clean_pass(clean_fn, microbatch_size),
+            _accumulated(descended, microbatch_size),
+            None if ascended is None else _accumulated(ascended, microbatch_size),
+        )
     else:
         in_parts = whole
 
@@ -121,27 +129,34 @@ def value_and_grad(
     return step
 
 
-def _whole_step(
+def _step(
     tx: optax.GradientTransformationExtraArgs,
-    clean_fn: CleanFn,
-    descent_fn: BatchLossFn,
-    *,
-    must_descend: bool,
+    clean_pass: Callable,
+    descended: BatchLossFn,
+    ascended: BatchLossFn | None,
 ) -> Step:
-    clean_pass = _with_float_grad(jax.value_and_grad(clean_fn, has_aux=True, allow_int=True))
+    """The clean pass, then `tx`; `ascended` is None where the training loss is ascended."""
 
     def step(params: Any, state: Any, batch: Batch, **extra_args: Any) -> tuple:
-        descended = False
+        evaluated = False
 
         def loss_fn(point: optax.Params) -> jax.Array:
-            nonlocal descended
-            descended = True
-            return descent_fn(point, batch)
+            nonlocal evaluated
+            evaluated = True
+            return descended(point, batch)
+
+        def clean_grad_fn() -> optax.Updates:
+            gradient = jax.grad(descended, allow_int=True)(params, batch)
+            return fill_with_zeros(float_part(gradient), params)
 
         out, ascent = clean_pass(params, batch)
+        if ascended is not None:
+            # For the rules that need more than the ascent gradient at the parameters.
+            extra_args["clean_grad_fn"] = clean_grad_fn
+            extra_args["ascent_loss_fn"] = _on_batch(ascended, batch)
         ascent = fill_with_zeros(ascent, params)
         grads, state = tx.update(ascent, state, params, loss_fn=loss_fn, **extra_args)
-        if must_descend and not descended:
+        if ascended is not None and not evaluated:
             raise ValueError(
                 "tx never evaluated loss_fn, so it would descend perturbation_loss_fn: it must be "
                 "or contain a sharpness-aware transformation, such as bisam(rho)."
@@ -151,32 +166,44 @@ def _whole_step(
     return step
 
 
-def _accumulated_step(
-    tx: optax.GradientTransformationExtraArgs,
-    clean_fn: CleanFn,
-    descent_fn: BatchLossFn,
-    microbatch_size: int,
-) -> Step:
-    """Both gradients as means over microbatches, taken one after another."""
-    clean_pass = _with_float_grad(jax.value_and_grad(clean_fn, has_aux=True, allow_int=True))
-    descent_pass = _with_float_grad(jax.value_and_grad(descent_fn, allow_int=True))
+def _accumulated(fn: BatchLossFn, microbatch_size: int) -> BatchLossFn:
+    """The mean of `fn` over microbatches, one after another, and so its gradient."""
+    forward = microbatch(fn, 1, microbatch_size, _MEAN)
+    both = microbatch(
+        _with_float_grad(jax.value_and_grad(fn, allow_int=True)), 1, microbatch_size, _MEAN
+    )
 
-    def step(params: Any, state: Any, batch: Batch, **extra_args: Any) -> tuple:
+    # With its own derivative: that of the loop would keep all microbatches in memory.
+    @jax.custom_vjp
+    def mean(params: optax.Params, batch: Batch) -> jax.Array:
+        return forward(params, batch)
+
+    def mean_fwd(params: optax.Params, batch: Batch) -> tuple[jax.Array, Any]:
+        value, gradient = both(params, batch)
+        return value, (gradient, params)
+
+    def mean_bwd(residuals: Any, cotangent: jax.Array) -> tuple[Any, None]:
+        gradient, params = residuals
+        scaled = jax.tree.map(lambda g: jnp.asarray(cotangent, g.dtype) * g, gradient)
+        return as_cotangent(scaled, params), None
+
+    mean.defvjp(mean_fwd, mean_bwd)
+    return mean
+
+
+def _clean_pass(clean_fn: CleanFn) -> Callable:
+    return _with_float_grad(jax.value_and_grad(clean_fn, has_aux=True, allow_int=True))
+
+
+def _accumulated_clean_pass(clean_fn: CleanFn, microbatch_size: int) -> Callable:
+    def clean_pass(params: optax.Params, batch: Batch) -> tuple[Any, optax.Updates]:
         aux_rule, aux_shapes = _rule_for_aux(clean_fn, params, batch, microbatch_size)
         accumulator = ((_MEAN, aux_rule), _MEAN)
-        clean = microbatch(clean_pass, 1, microbatch_size, accumulator)
-        descent = microbatch(descent_pass, 1, microbatch_size, _MEAN)
-        (value, aux), ascent = clean(params, batch)
-        grads, state = tx.update(
-            fill_with_zeros(ascent, params),
-            state,
-            params,
-            grad_fn=lambda point: descent(point, batch)[1],
-            **extra_args,
-        )
-        return (value, _reshaped(aux, aux_shapes)), grads, state
+        accumulate = microbatch(_clean_pass(clean_fn), 1, microbatch_size, accumulator)
+        (value, aux), ascent = accumulate(params, batch)
+        return (value, _reshaped(aux, aux_shapes)), ascent
 
-    return step
+    return clean_pass
 
 
 def _grouped_step(
@@ -229,14 +256,18 @@ def _clean_pass_fn(
     return clean_fn
 
 
-def _descent_fn(loss_fn: BatchLossFn, has_aux: bool) -> BatchLossFn:
-    """The function that the perturbed pass differentiates, without any aux."""
+def _without_aux(name: str, fn: BatchLossFn, has_aux: bool) -> BatchLossFn:
+    """The scalar alone, checked."""
 
-    def descent_fn(params: optax.Params, batch: Batch) -> jax.Array:
-        out = loss_fn(params, batch)
-        return check_loss("loss_fn", out[0] if has_aux and _is_pair(out) else out)
+    def without_aux(params: optax.Params, batch: Batch) -> jax.Array:
+        out = fn(params, batch)
+        return check_loss(name, out[0] if has_aux and _is_pair(out) else out)
 
-    return descent_fn
+    return without_aux
+
+
+def _on_batch(fn: BatchLossFn, batch: Batch) -> Callable[[optax.Params], jax.Array]:
+    return lambda params: fn(params, batch)
 
 
 def _with_float_grad(fn: Callable) -> Callable:

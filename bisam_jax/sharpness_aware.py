@@ -4,11 +4,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from bisam_jax._checks import check_loss, check_transformation
-from bisam_jax._trees import check_same_structure, fill_with_zeros, float_part, is_floating, perturb
+from bisam_jax._trees import (
+    check_not_masked,
+    check_same_structure,
+    float_part,
+    for_base_optimizer,
+    perturb,
+)
 from bisam_jax.perturbations import adaptive_l2_ball, l2_ball
 
 LossFn = Callable[[optax.Params], jax.Array]
@@ -100,7 +105,7 @@ def sharpness_aware(
     perturbation = optax.with_extra_args_support(perturbation)
 
     def init_fn(params: optax.Params) -> SharpnessAwareState:
-        _check_not_masked(params)
+        check_not_masked(params)
         return SharpnessAwareState(perturbation.init(float_part(params)))
 
     def update_fn(
@@ -115,7 +120,7 @@ def sharpness_aware(
     ) -> tuple[optax.Updates, SharpnessAwareState]:
         if params is None:
             raise ValueError("params is missing: call update(grads, state, params, loss_fn=...).")
-        _check_not_masked(params)
+        check_not_masked(params)
         descent = descent_gradient_fn(loss_fn, grad_fn, params)
         eps, perturbation_state = perturbation.update(
             ascent_gradient(updates, params, perturbation_loss_fn),
@@ -125,7 +130,7 @@ def sharpness_aware(
         )
         check_same_structure("the perturbation", eps, float_part(params))
         gradient = descent(perturb(params, eps))
-        return _for_base_optimizer(gradient, updates, params), SharpnessAwareState(
+        return for_base_optimizer(gradient, updates, params), SharpnessAwareState(
             perturbation_state
         )
 
@@ -261,32 +266,18 @@ def gradient_of(name: str, fn: LossFn) -> GradFn:
     return jax.grad(lambda params: check_loss(name, fn(params)), allow_int=True)
 
 
-def _for_base_optimizer(
-    gradient: optax.Updates, grads: optax.Updates | None, params: optax.Params
+def value_and_gradient_of(
+    name: str, fn: LossFn
+) -> Callable[[optax.Params], tuple[jax.Array, optax.Updates]]:
+    """`jax.value_and_grad(fn)`, with the errors of `gradient_of`."""
+    return jax.value_and_grad(lambda params: check_loss(name, fn(params)), allow_int=True)
+
+
+def clean_gradient(
+    grads: optax.Updates, clean_grad_fn: Callable[[], optax.Updates] | None, params: optax.Params
 ) -> optax.Updates:
-    """The descent gradient in the parameters' dtypes; where they are not floating, `grads`."""
-
-    def cast(g: Any, p: Any) -> jax.Array:
-        return jnp.asarray(g, jnp.result_type(p))
-
-    if grads is None or all(map(is_floating, jax.tree.leaves(params))):
-        return fill_with_zeros(float_part(gradient), params)
-    return jax.tree.map(
-        lambda p, g, fallback: cast(g, p) if is_floating(p) else fallback,
-        params,
-        gradient,
-        grads,
-    )
-
-
-def _check_not_masked(params: optax.Params) -> None:
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
-        raise ValueError(
-            "optax.masked (or optax.partition) around a sharpness-aware transformation would hand "
-            "loss_fn masked parameters. To perturb only some leaves, freeze the others before the "
-            "ball: sharpness_aware(optax.chain(optax.transforms.freeze(mask), l2_ball(rho))). To "
-            "train only some leaves, mask what comes after it in the chain."
-        )
+    """The gradient of L at the parameters: `grads`, unless a function for it was given."""
+    clean = grads if clean_grad_fn is None else clean_grad_fn()
+    name = "grads" if clean_grad_fn is None else "what clean_grad_fn returned"
+    check_same_structure(name, float_part(clean), float_part(params))
+    return clean

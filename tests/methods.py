@@ -1,7 +1,7 @@
 """Every method of the library, once, for the tests that all of them must pass."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import optax
 
@@ -13,16 +13,41 @@ class Method(NamedTuple):
 
     Attributes:
         make: from rho to the transformation.
-        gradients: gradients per step, the one that the caller computes included.
+        loss_calls: how often `loss_fn` is called when `grads` is ascended.
+        state_bytes: per weight, in float32.
+        takes_grad_fn: whether it takes `grads` and `grad_fn`; it needs losses otherwise.
+        extra_args: what `update` needs besides.
     """
 
     make: Callable[..., optax.GradientTransformationExtraArgs]
-    gradients: int = 2
+    loss_calls: int = 1
+    state_bytes: int = 0
+    takes_grad_fn: bool = True
+    extra_args: dict[str, Any] = {}  # noqa: RUF012
+
+
+def largest_weights(params):
+    """Stands in for Fisher scores."""
+    return params
 
 
 METHODS = {
     "sam": Method(bisam_jax.sam),
     "bisam": Method(bisam_jax.bisam),
     "asam": Method(bisam_jax.asam),
-    "sharpness_aware": Method(lambda rho: bisam_jax.sharpness_aware(bisam_jax.l2_ball(rho))),
+    "gsam": Method(bisam_jax.gsam),
+    "bilateral": Method(lambda rho: bisam_jax.bilateral_sam(rho, rho_min=rho), loss_calls=2),
+    "friendly": Method(bisam_jax.friendly_sam, state_bytes=4),
+    "sparse fisher": Method(
+        bisam_jax.sparse_sam_fisher,
+        state_bytes=1,
+        extra_args={"fisher_scores_fn": largest_weights},
+    ),
+    "sparse dynamic": Method(bisam_jax.sparse_sam_dynamic, state_bytes=1),
+    "tilted": Method(
+        lambda rho: bisam_jax.tilted_sam(rho, num_samples=1, radius=0.0),
+        loss_calls=2,
+        takes_grad_fn=False,
+    ),
 }
+TAKING_GRAD_FN = {name: method for name, method in METHODS.items() if method.takes_grad_fn}

