@@ -4,7 +4,8 @@
 
 The methods take turns, step by step, so that a change in the machine's speed meets all of them. Two
 of them are `optax.contrib.sam` with `opaque_mode=True`, and with `opaque_mode=False`, whose step
-is two calls: one for each gradient.
+is two calls: one for each gradient. A second table has every method of the training script; where
+a step's work changes (sparse-fisher makes a mask now and then), FLOPs are the dearest step's.
 """
 
 import dataclasses
@@ -19,11 +20,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import bisam_jax
-from experiments import command_line, models
+from experiments import command_line, data, methods, models, training
 
 NETWORKS = {
     "mlp 784-512-512-10": ("mlp", {"width": 512}),
@@ -43,6 +43,8 @@ class Config:
     """Examples a step."""
     rho: float = 0.05
     """Radius of the perturbation."""
+    family: bool = True
+    """Whether to measure every method of the training script too."""
     output: Path = Path("benchmark.json")
     """Where the numbers go."""
 
@@ -81,7 +83,7 @@ def subjects(loss_fn: Callable, q: Callable, rho: float) -> list[Subject]:
             _, updates, state = step(params, state, batch)
             return optax.apply_updates(params, updates), state
 
-        return Subject("", update, tx.init)
+        return Subject("", update, lambda params, batch: tx.init(params))
 
     def opaque_update(params: Any, state: Any, batch: Any) -> tuple:
         grads = jax.grad(loss_fn)(params, batch)
@@ -99,46 +101,99 @@ def subjects(loss_fn: Callable, q: Callable, rho: float) -> list[Subject]:
         through(optax.identity())._replace(name="sgd"),
         through(bisam_jax.sam(rho))._replace(name="sam"),
         through(bisam_jax.bisam(rho), q)._replace(name="bisam-log"),
-        Subject("optax.contrib.sam, opaque", opaque_update, opaque.init),
-        Subject("optax.contrib.sam, transparent", transparent_update, transparent.init, calls=2),
+        Subject(
+            "optax.contrib.sam, opaque", opaque_update, lambda params, batch: opaque.init(params)
+        ),
+        Subject(
+            "optax.contrib.sam, transparent",
+            transparent_update,
+            lambda params, batch: transparent.init(params),
+            calls=2,
+        ),
     ]
 
 
-def measure(network: str, config: Config) -> list[dict[str, Any]]:
-    """One row per method: step time, FLOPs, temporary memory, state."""
+def family(apply: Callable, params: Any, stats: Any, rho: float) -> list[Subject]:
+    """Every method of the training script, ascending cross-entropy and BiSAM's loss (-log)."""
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    loss = optax.losses.softmax_cross_entropy_with_integer_labels
+
+    def subject(name: str, perturbation: str) -> Subject:
+        hyperparameters = {
+            **methods.PERTURBATION_DEFAULTS[perturbation],
+            **methods.DEFAULTS[name],
+            "rho": rho,
+        }
+        method = methods.make(name, perturbation, optimizer, hyperparameters)
+        step = training.make_step(apply, method, loss)
+
+        def update(params: Any, state: Any, batch: data.Split) -> tuple:
+            full = training.TrainState(params=params, stats=stats, **state)
+            new, _ = step(full, batch)
+            kept = {key: getattr(new, key) for key in state}
+            return new.params, kept
+
+        def init(params: Any, batch: data.Split) -> dict[str, Any]:
+            state = training.init_state(params, stats, method, batch)._asdict()
+            return {key: state[key] for key in state if key not in ("params", "stats")}
+
+        return Subject(f"{name}, {perturbation}", update, init)
+
+    names = [name for name in methods.DEFAULTS if not methods.perturbation_of(name)]
+    return [subject("sgd", "ce")] + [
+        subject(name, perturbation)
+        for name in names
+        if name != "sgd"
+        for perturbation in ("ce", "log")
+    ]
+
+
+def measure(network: str, config: Config) -> dict[str, list[dict[str, Any]]]:
+    """Two tables, beside optax and of the family, with a row per method."""
     name, options = NETWORKS[network]
     apply, params, stats = models.create(name, IMAGE_SHAPE, CLASSES, seed=0, **options)
     keys = jax.random.split(jax.random.key(0))
-    batch = (
+    batch = data.Split(
         jax.random.uniform(keys[0], (config.batch_size, *IMAGE_SHAPE)),
         jax.random.randint(keys[1], (config.batch_size,), 0, CLASSES),
     )
 
     def mean_of(per_example: Callable) -> Callable:
-        def fn(params: Any, batch: tuple) -> jax.Array:
-            logits, _ = apply(params, stats, batch[0], train=True)
-            return per_example(logits, batch[1]).mean()
+        def fn(params: Any, batch: data.Split) -> jax.Array:
+            logits, _ = apply(params, stats, batch.images, train=True)
+            return per_example(logits, batch.labels).mean()
 
         return fn
 
     cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
-    all_subjects = subjects(
+    beside_optax = subjects(
         mean_of(cross_entropy), mean_of(bisam_jax.perturbation_loss), config.rho
     )
+    tables = {"beside optax": beside_optax}
+    if config.family:
+        tables["family"] = family(apply, params, stats, config.rho)
+    return {
+        title: _measure(subjects, params, batch, config.steps) for title, subjects in tables.items()
+    }
+
+
+def _measure(
+    subjects: list[Subject], params: Any, batch: data.Split, steps: int
+) -> list[dict[str, Any]]:
     compiled = []
-    for subject in all_subjects:
-        state = subject.init(params)
+    for subject in subjects:
+        state = subject.init(params, batch)
         program = jax.jit(subject.update).lower(params, state, batch).compile()
         compiled.append([program, params, state])
-    seconds = _interleaved(compiled, batch, [s.calls for s in all_subjects], config.steps)
+    seconds = _interleaved(compiled, batch, [s.calls for s in subjects], steps)
     return [
         _row(subject, program, state, times)
-        for subject, (program, _, state), times in zip(all_subjects, compiled, seconds, strict=True)
+        for subject, (program, _, state), times in zip(subjects, compiled, seconds, strict=True)
     ]
 
 
 def _interleaved(
-    compiled: list[list], batch: tuple, calls: list[int], steps: int
+    compiled: list[list], batch: data.Split, calls: list[int], steps: int
 ) -> list[list[float]]:
     """Seconds of each step of each program, after a tenth as many steps of warm-up."""
     seconds: list[list[float]] = [[] for _ in compiled]
@@ -164,7 +219,7 @@ def _row(subject: Subject, program: Any, state: Any, times: list[float]) -> dict
         "quartiles": [1e3 * quartiles[0], 1e3 * quartiles[2]],
         "flops": subject.calls * program.cost_analysis()["flops"],
         "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
-        "state_bytes": sum(jnp.asarray(leaf).nbytes for leaf in jax.tree.leaves(state)),
+        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
     }
 
 
@@ -192,7 +247,9 @@ def main(args: Sequence[str] | None = None) -> None:
     results = {}
     for network in NETWORKS:
         results[network] = measure(network, config)
-        print(f"\n{network}, batch {config.batch_size}\n{table(results[network])}", flush=True)
+        for title, rows in results[network].items():
+            heading = f"{network}, batch {config.batch_size}, {title}"
+            print(f"\n{heading}\n{table(rows)}", flush=True)
     report = {
         "device": jax.devices()[0].device_kind,
         "cpus": os.cpu_count(),

@@ -73,20 +73,22 @@ class _Run:
         apply, params, stats = models.create(
             config.model, image_shape, dataset.classes, config.seed
         )
-        method = _method(config)
         self.train_split, self.validation, self.test = map(data.on_device, dataset[:3])
         self.steps_per_epoch = len(self.train_split.labels) // config.batch_size
         optimizer = _base_optimizer(config, config.epochs * self.steps_per_epoch)
-        self.state = training.init_state(params, stats, method, optimizer)
+        assert config.perturbation is not None
+        method = methods.make(
+            config.method, config.perturbation, optimizer, dataclasses.asdict(config)
+        )
+        example_batch = jax.tree.map(lambda x: x[: config.batch_size], self.train_split)
+        self.state = training.init_state(params, stats, method, example_batch)
         self.best = {"params": params, "stats": stats}
         self.best_accuracy = 0.0
         self.accuracy = training.make_accuracy(apply)
         self.started = time.perf_counter()
         on_cpu = jax.default_backend() == "cpu"
         self.epoch = training.make_epoch(
-            training.make_step(
-                apply, method, optimizer, training.cross_entropy(config.label_smoothing)
-            ),
+            training.make_step(apply, method, training.cross_entropy(config.label_smoothing)),
             self.state,
             self.train_split,
             jax.random.key(config.seed),
@@ -164,11 +166,6 @@ class _Run:
         self.folder.write_json("summary.json", summary)
         self.folder.close()
         return summary
-
-
-def _method(config: Config) -> methods.Method:
-    names = methods.DEFAULTS[config.method]
-    return methods.make(config.method, **{name: getattr(config, name) for name in names})
 
 
 def _base_optimizer(config: Config, steps: int) -> optax.GradientTransformation:

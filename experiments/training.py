@@ -20,21 +20,22 @@ class TrainState(NamedTuple):
     stats: Any
     method: optax.OptState
     optimizer: optax.OptState
+    previous_batch: Any = None
 
 
 Step = Callable[[TrainState, Split], tuple[TrainState, jax.Array]]
 
 
-def init_state(
-    params: Any, stats: Any, method: Method, optimizer: optax.GradientTransformation
-) -> TrainState:
-    """The state before the first step."""
+def init_state(params: Any, stats: Any, method: Method, example_batch: Split) -> TrainState:
+    """The state before the first step; `example_batch` gives shapes and types."""
+    previous = jax.tree.map(jnp.zeros_like, example_batch)
     return TrainState(
         step=jnp.zeros([], jnp.int32),
         params=params,
         stats=stats,
         method=method.transformation.init(params),
-        optimizer=optimizer.init(params),
+        optimizer=method.optimizer.init(params),
+        previous_batch=previous if method.needs_previous_batch else None,
     )
 
 
@@ -51,38 +52,66 @@ def cross_entropy(label_smoothing: float) -> PerExampleLoss:
 
 
 def make_step(
-    apply: Callable[..., tuple[jax.Array, Any]],
-    method: Method,
-    optimizer: optax.GradientTransformation,
-    loss: PerExampleLoss,
+    apply: Callable[..., tuple[jax.Array, Any]], method: Method, loss: PerExampleLoss
 ) -> Step:
-    """A step on one batch; returns the new state and the training loss of the clean pass."""
+    """A step on one batch; returns the new state and the training loss of the clean pass.
+
+    It passes everything that any method of the library asks for. What a method does not use is
+    not computed: it is a function that is not called, or goes unused in the compiled program.
+    """
+    ascended = method.perturbation_loss or loss
 
     def step(state: TrainState, batch: Split) -> tuple[TrainState, jax.Array]:
-        def mean_of(per_example: PerExampleLoss) -> Callable:
-            def fn(params: Any, batch: Split) -> tuple[jax.Array, Any]:
-                logits, stats = apply(params, state.stats, batch.images, train=True)
-                return per_example(logits, batch.labels).mean(), (logits, stats)
+        def losses_of(params: Any, part: Split) -> jax.Array:
+            return loss(apply(params, state.stats, part.images, train=True)[0], part.labels)
 
-            return fn
+        def mean_ascended(params: Any, part: Split) -> tuple[jax.Array, Any]:
+            logits, stats = apply(params, state.stats, part.images, train=True)
+            return ascended(logits, part.labels).mean(), (logits, stats)
 
-        ascended = method.perturbation_loss
-        sharp = bisam_jax.value_and_grad(
-            method.transformation,
-            mean_of(loss),
-            None if ascended is None else mean_of(ascended),
-            has_aux=True,
+        def mean_loss(params: Any, part: Split) -> jax.Array:
+            return losses_of(params, part).mean()
+
+        def loss_of_one(params: Any, example: Split) -> jax.Array:
+            # A batch of one has no statistics: the running ones.
+            logits, _ = apply(params, state.stats, example.images, train=False)
+            return loss(logits, example.labels).mean()
+
+        def example_losses(params: Any, indices: jax.Array | None) -> jax.Array:
+            part = batch if indices is None else jax.tree.map(lambda x: x[indices], batch)
+            return losses_of(params, part)
+
+        clean_pass = jax.value_and_grad(mean_ascended, has_aux=True)
+        (_, (logits, stats)), ascent = clean_pass(state.params, batch)
+        losses = loss(logits, batch.labels)
+        extra_args: dict[str, Any] = {
+            "loss_fn": lambda params: mean_loss(params, batch),
+            "losses": losses,
+            "example_losses_fn": example_losses,
+            "fisher_scores_fn": lambda params: bisam_jax.fisher_scores(loss_of_one, params, batch),
+            "batch_loss_fn": mean_loss,
+            "batch": batch,
+            "previous_batch": state.previous_batch,
+        }
+        if method.perturbation_loss is not None:
+            extra_args |= {
+                "clean_grad_fn": lambda: jax.grad(mean_loss)(state.params, batch),
+                "ascent_loss_fn": lambda params: mean_ascended(params, batch)[0],
+                "batch_perturbation_loss_fn": lambda params, part: mean_ascended(params, part)[0],
+            }
+        grads, method_state = method.transformation.update(
+            ascent, state.method, state.params, **extra_args
         )
-        (_, (logits, stats)), grads, method_state = sharp(state.params, state.method, batch)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        updates, optimizer_state = method.optimizer.update(grads, state.optimizer, state.params)
         new_state = TrainState(
             step=state.step + 1,
             params=optax.apply_updates(state.params, updates),
             stats=stats,
             method=method_state,
             optimizer=optimizer_state,
+            previous_batch=batch if method.needs_previous_batch else None,
         )
-        return new_state, loss(logits, batch.labels).mean()
+        return new_state, losses.mean()
 
     return step
 

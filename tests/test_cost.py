@@ -6,7 +6,19 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from bisam_jax import bisam, perturbation_loss, sam, value_and_grad
+from bisam_jax import (
+    bilateral_sam,
+    bisam,
+    efficient_sam,
+    friendly_sam,
+    gsam,
+    perturbation_loss,
+    sam,
+    sampa,
+    sparse_sam_dynamic,
+    tilted_sam,
+    value_and_grad,
+)
 
 
 def conv_params(seed=0):
@@ -82,6 +94,112 @@ def test_groups_cost_two_gradients_too():
     tx = bisam(0.1)
     step = value_and_grad(tx, loss_fn, perturbation_loss_fn, group_size=8)
     assert flops(step, tx.init(PARAMS)) / flops(plain) == pytest.approx(2.00, rel=0.03)
+
+
+FAMILY = {
+    "gsam": (lambda: gsam(0.1), None, 2),
+    # XLA shares the forward pass of the two clean gradients, a third of one.
+    "gsam, bilevel": (lambda: gsam(0.1), perturbation_loss_fn, 3 - 1 / 3),
+    "bilateral": (lambda: bilateral_sam(0.1, 0.1), None, 3),
+    "bilateral, bilevel": (lambda: bilateral_sam(0.1, 0.1), perturbation_loss_fn, 4 - 1 / 3),
+    "friendly": (lambda: friendly_sam(0.1), perturbation_loss_fn, 2),
+    "sparse": (lambda: sparse_sam_dynamic(0.1), perturbation_loss_fn, 2),
+}
+
+
+@pytest.mark.parametrize(("make", "q", "gradients"), FAMILY.values(), ids=FAMILY)
+def test_gradients_of_the_family(make, q, gradients):
+    tx = make()
+    ratio = flops(value_and_grad(tx, loss_fn, q), tx.init(PARAMS)) / flops(plain)
+    # In so small a network, what is done once a weight shows.
+    assert ratio == pytest.approx(gradients, rel=0.03)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_tilted_is_two_gradients_a_sample(together):
+    tx = tilted_sam(0.1, num_samples=2, together=together)
+
+    def step(params, state, batch):
+        grads = jax.grad(loss_fn)(params, batch)
+        return tx.update(grads, state, params, loss_fn=lambda p: loss_fn(p, batch))
+
+    # And the drawing of the noise, which shows in so small a network.
+    assert flops(step, tx.init(PARAMS)) / flops(plain) == pytest.approx(4, rel=0.06)
+
+
+@pytest.mark.parametrize("gamma", [0.25, 0.5, 1.0])
+def test_efficient_is_a_gradient_a_forward_pass_and_gamma_of_a_gradient(gamma):
+    tx = efficient_sam(0.1, beta=0.5, gamma=gamma)
+
+    def losses_of(params, indices, batch):
+        part = batch if indices is None else jax.tree.map(lambda x: x[indices], batch)
+        logits = logits_of(params, part["x"])
+        return optax.losses.softmax_cross_entropy_with_integer_labels(logits, part["y"])
+
+    def step(params, state, batch):
+        def clean(params):
+            losses = losses_of(params, None, batch)
+            return losses.mean(), losses
+
+        grads, losses = jax.grad(clean, has_aux=True)(params)
+        return tx.update(
+            grads,
+            state,
+            params,
+            losses=losses,
+            example_losses_fn=lambda p, indices: losses_of(p, indices, batch),
+        )
+
+    gradient = flops(plain)
+    forward = flops(lambda params, state, batch: loss_fn(params, batch))
+    expected = gradient + (forward if gamma < 1 else 0) + gamma * gradient
+    assert flops(step, tx.init(PARAMS)) == pytest.approx(expected, rel=0.02)
+
+
+def test_sampa_is_two_gradients_in_one_call():
+    tx = sampa(optax.sgd(0.1, momentum=0.9), 0.1)
+    calls = []
+
+    def counted(params, batch):
+        calls.append(batch["x"].shape)
+        return loss_fn(params, batch)
+
+    def step(params, state, batch):
+        return tx.update(
+            None, state, params, batch_loss_fn=counted, batch=batch, previous_batch=batch
+        )
+
+    assert flops(step, tx.init(PARAMS)) / flops(plain) == pytest.approx(2, rel=0.02)
+    assert calls == [BATCH["x"].shape]
+
+
+@pytest.mark.parametrize("make", [bisam, gsam])
+def test_skipped_steps_compute_no_second_gradient(make):
+    """SAM every other step, and late SAM: the perturbed pass is evaluated only when due."""
+    evaluated = []
+
+    def noted(params):
+        jax.debug.callback(lambda: evaluated.append(None))
+        return loss_fn(params, BATCH)
+
+    def q(params):
+        jax.debug.callback(lambda: evaluated.append(None))
+        return perturbation_loss_fn(params, BATCH)
+
+    grads = jax.grad(loss_fn)(PARAMS, BATCH)
+    for due in (lambda step: step % 2 == 0, lambda step: step >= 2):
+        tx = optax.conditionally_transform(make(0.1), due)
+        update = jax.jit(
+            lambda g, s, tx=tx: tx.update(g, s, PARAMS, loss_fn=noted, perturbation_loss_fn=q)
+        )
+        state = tx.init(PARAMS)
+        for step in range(4):
+            evaluated.clear()
+            out, state = update(grads, state)
+            jax.effects_barrier()
+            assert len(evaluated) == (2 if due(step) else 0)
+            if not due(step):
+                chex.assert_trees_all_equal(out, grads)
 
 
 def test_microbatches_save_memory():

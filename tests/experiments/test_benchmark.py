@@ -6,14 +6,15 @@ from experiments import benchmark
 
 
 def test_benchmark(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(benchmark.NETWORKS, "cnn 32-64-128", ("cnn", {"width": 4}))
+    monkeypatch.delitem(benchmark.NETWORKS, "cnn 32-64-128")
     output = tmp_path / "benchmark.json"
-    benchmark.main(["--steps", "4", "--batch-size", "8", "--output", str(output)])
+    benchmark.main(["--steps", "4", "--batch-size", "64", "--output", str(output)])
     printed = capsys.readouterr().out
     report = json.loads(output.read_text())
     assert report["versions"]["jax"]
-    for network, rows in report["results"].items():
+    for network, tables in report["results"].items():
         assert network in printed
+        rows = tables["beside optax"]
         by_name = {row["method"]: row for row in rows}
         assert list(by_name) == [
             "sgd",
@@ -30,6 +31,21 @@ def test_benchmark(tmp_path, capsys, monkeypatch):
         assert ours < opaque < transparent
         ratio = by_name["bisam-log"]["flops"] / by_name["sgd"]["flops"]
         assert ratio == pytest.approx(2, rel=0.1)
+        family = {
+            row["method"]: row["flops"] / tables["family"][0]["flops"] for row in tables["family"]
+        }
+        expected = {
+            "sam, ce": 2,
+            "sam, log": 2,
+            "gsam, ce": 2,
+            "gsam, log": 2.67,  # XLA shares a forward pass
+            "bilateral, ce": 3,
+            "bilateral, log": 3.67,
+            "friendly, log": 2,
+            "sparse-dynamic, ce": 2,
+        }
+        for name, gradients in expected.items():
+            assert family[name] == pytest.approx(gradients, rel=0.1), name
 
 
 @pytest.mark.parametrize(

@@ -170,6 +170,12 @@ def test_same_seed_same_run(tmp_path, capsys):
         (["--rho", "1e39"], "--rho must be finite, at least 0, got 1e+39"),
         (["--rho", "nan"], "--rho must be finite, at least 0, got nan"),
         (["--mu", "0"], "--mu must be finite, greater than 0, got 0.0"),
+        (["--sparsity", "1.5"], "--sparsity must be finite, at least 0 and at most 1, got 1.5"),
+        (["--num-samples", "0"], "--num-samples must be finite, at least 1"),
+        (["--gamma", "0"], "--gamma must be finite, greater than 0 and at most 1"),
+        (["--method", "efficient", "--gamma", "0.01"], "--gamma leaves less than 2 examples"),
+        (["--perturbation", "tanh"], "--perturbation tanh contradicts --method bisam-log"),
+        (["--perturbation", "hinge"], "invalid choice 'hinge'"),
         (["--alpha", "-1"], "--alpha must be finite, greater than 0"),
         (["--eta", "-1"], "--eta must be finite, at least 0"),
         (

@@ -19,17 +19,22 @@ LOSS = training.cross_entropy(0.1)
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
-def setup(name, model="mlp"):
+def setup(name, perturbation="ce", model="mlp"):
+    perturbation = methods.perturbation_of(name) or perturbation
     apply, params, stats = models.create(model, (8, 8, 1), 10, seed=0)
-    method = methods.make(name, **methods.DEFAULTS[name])
-    state = training.init_state(params, stats, method, OPTIMIZER)
-    return apply, training.make_step(apply, method, OPTIMIZER, LOSS), state
+    hyperparameters = methods.DEFAULTS[name] | methods.PERTURBATION_DEFAULTS[perturbation]
+    method = methods.make(name, perturbation, OPTIMIZER, hyperparameters)
+    state = training.init_state(params, stats, method, SPLIT)
+    return apply, training.make_step(apply, method, LOSS), state
 
 
-@pytest.mark.parametrize("model", models.ARCHITECTURES)
-@pytest.mark.parametrize("name", methods.DEFAULTS)
-def test_a_step_lowers_the_loss_and_moves_the_statistics_once(name, model):
-    apply, step, state = setup(name, model)
+@pytest.mark.parametrize(
+    ("name", "perturbation", "model"),
+    [(name, perturbation, "mlp") for name in methods.DEFAULTS for perturbation in ("ce", "log")]
+    + [(name, "ce", "cnn") for name in ("sgd", "bisam-log", "bisam-tanh")],
+)
+def test_a_step_lowers_the_loss_and_moves_the_statistics_once(name, perturbation, model):
+    apply, step, state = setup(name, perturbation, model)
     _, clean_stats = apply(state.params, state.stats, SPLIT.images, train=True)
     new, loss = jax.jit(step)(state, SPLIT)
     chex.assert_trees_all_close(new.stats, clean_stats, rtol=1e-4, atol=1e-6)
@@ -43,16 +48,28 @@ def test_a_step_lowers_the_loss_and_moves_the_statistics_once(name, model):
 
 def test_methods_differ():
     params = {}
-    for name in ("sgd", "sam", "bisam-log"):
-        _, step, state = setup(name)
-        params[name] = jax.jit(step)(state, SPLIT)[0].params
-    for one, other in (("sgd", "sam"), ("sam", "bisam-log")):
-        assert optax.tree.norm(optax.tree.sub(params[one], params[other])) > 1e-4
+    for name in methods.DEFAULTS:
+        for perturbation in ("ce", "log"):
+            _, step, state = setup(name, perturbation)
+            for _ in range(2):
+                state, _ = jax.jit(step)(state, SPLIT)
+            params[name, perturbation] = state.params
+    same = {("sam", "log"): ("bisam-log", "ce"), ("bisam-log", "log"): ("bisam-log", "ce")}
+    same |= {("sgd", "log"): ("sgd", "ce"), ("bisam-tanh", "log"): ("bisam-tanh", "ce")}
+    for key, value in params.items():
+        for other_key, other in params.items():
+            difference = optax.tree.norm(optax.tree.sub(value, other))
+            if same.get(key, key) == same.get(other_key, other_key):
+                assert difference < 1e-6
+            else:
+                assert difference > 1e-5, (key, other_key)
 
 
 def test_unknown_method():
     with pytest.raises(ValueError, match="method must be one of sgd, sam, asam"):
-        methods.make("adam")
+        methods.make("adam", "ce", OPTIMIZER, {})
+    with pytest.raises(ValueError, match="perturbation must be one of ce, log, tanh"):
+        methods.make("sam", "hinge", OPTIMIZER, {})
 
 
 def test_plain_training_takes_one_gradient():
