@@ -1,5 +1,7 @@
 """Tilted SAM: an average over noisy starts that leans towards the worst of them."""
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -117,8 +119,9 @@ def tilted_sam(
         check_not_masked(params)
         next_key, draw_key = jax.random.split(state.tilted_key)
         if noise is None:
-            noise = _standard_normal(draw_key, params, num_samples)
-        noise = _checked_noise(noise, params, num_samples)
+            draw = functools.partial(_standard_normal, draw_key, params)
+        else:
+            draw = functools.partial(_sample_of, _checked_noise(noise, params, num_samples))
         ascent_fn = gradient_of(
             "perturbation_loss_fn", perturbation_loss_fn or ascent_loss_fn or loss_fn
         )
@@ -135,7 +138,7 @@ def tilted_sam(
             return tilt * loss, float_part(gradient), ball_state
 
         mean = _mean_together if together else _mean_one_by_one
-        gradient, ball_state = mean(sample, noise, num_samples)
+        gradient, ball_state = mean(lambda i: sample(draw(i)), num_samples)
         return (
             for_base_optimizer(gradient, updates, params),
             TiltedState(next_key, ball_state),
@@ -144,9 +147,8 @@ def tilted_sam(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _mean_together(sample: Any, noise: optax.Params, num_samples: int) -> tuple:
-    del num_samples
-    tilted, gradients, ball_states = jax.vmap(sample)(noise)
+def _mean_together(sample: Callable[[Any], tuple], num_samples: int) -> tuple:
+    tilted, gradients, ball_states = jax.vmap(sample)(jnp.arange(num_samples))
     weights = jax.nn.softmax(tilted)
     gradient = jax.tree.map(
         lambda g: jnp.tensordot(jnp.asarray(weights, g.dtype), g, axes=1), gradients
@@ -154,16 +156,15 @@ def _mean_together(sample: Any, noise: optax.Params, num_samples: int) -> tuple:
     return gradient, jax.tree.map(lambda leaf: leaf[-1], ball_states)
 
 
-def _mean_one_by_one(sample: Any, noise: optax.Params, num_samples: int) -> tuple:
+def _mean_one_by_one(sample: Callable[[Any], tuple], num_samples: int) -> tuple:
     """The softmax-weighted mean with the memory of one sample."""
-    largest, gradient, ball_state = sample(jax.tree.map(lambda leaf: leaf[0], noise))
+    largest, gradient, ball_state = sample(jnp.int32(0))
     total = jnp.ones_like(largest)
     for i in range(1, num_samples):
-        z = jax.tree.map(lambda leaf, i=i: leaf[i], noise)
         # The next sample may start only when the one before it is done. Unrolled, since XLA
         # runs convolutions inside a loop many times slower on CPU.
-        z, gradient = jax.lax.optimization_barrier((z, gradient))
-        tilted, new, ball_state = sample(z)
+        index, gradient = jax.lax.optimization_barrier((jnp.int32(i), gradient))
+        tilted, new, ball_state = sample(index)
         highest = jnp.maximum(largest, tilted)
         old_weight, new_weight = jnp.exp(largest - highest), jnp.exp(tilted - highest)
         gradient = jax.tree.map(
@@ -177,17 +178,19 @@ def _mean_one_by_one(sample: Any, noise: optax.Params, num_samples: int) -> tupl
     return jax.tree.map(lambda m: m / jnp.asarray(total, m.dtype), gradient), ball_state
 
 
-def _standard_normal(key: jax.Array, params: optax.Params, num_samples: int) -> optax.Params:
-    stacked = jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct((num_samples, *jnp.shape(p)), jnp.result_type(p)),
-        float_part(params),
-    )
-    leaves, structure = jax.tree.flatten(stacked)
-    keys = jax.random.split(key, max(len(leaves), 1))
+def _standard_normal(key: jax.Array, params: optax.Params, i: jax.Array) -> optax.Params:
+    """The i-th draw, of the structure of the parameters' floating part."""
+    leaves, structure = jax.tree.flatten(float_part(params))
+    keys = jax.random.split(jax.random.fold_in(key, i), max(len(leaves), 1))
     draws = [
-        jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=False)
+        jax.random.normal(k, jnp.shape(leaf), jnp.result_type(leaf))
+        for k, leaf in zip(keys, leaves, strict=False)
     ]
     return structure.unflatten(draws)
+
+
+def _sample_of(noise: optax.Params, i: jax.Array) -> optax.Params:
+    return jax.tree.map(lambda leaf: leaf[i], noise)
 
 
 def _checked_noise(noise: optax.Params, params: optax.Params, num_samples: int) -> optax.Params:

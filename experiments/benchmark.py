@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
@@ -26,8 +26,8 @@ import bisam_jax
 from experiments import command_line, data, methods, models, training
 
 NETWORKS = {
-    "mlp 784-512-512-10": ("mlp", {"width": 512}),
-    "cnn 32-64-128": ("cnn", {}),
+    "mlp": ("784-512-512-10", {"width": 512}),
+    "cnn": ("32-64-128", {}),
 }
 IMAGE_SHAPE = (28, 28, 1)
 CLASSES = 10
@@ -43,6 +43,8 @@ class Config:
     """Examples a step."""
     rho: float = 0.05
     """Radius of the perturbation."""
+    network: Literal["mlp", "cnn", "both"] = "both"
+    """A perceptron 784-512-512-10, a small convolutional network, or both."""
     family: bool = True
     """Whether to measure every method of the training script too."""
     output: Path = Path("benchmark.json")
@@ -150,8 +152,9 @@ def family(apply: Callable, params: Any, stats: Any, rho: float) -> list[Subject
 
 def measure(network: str, config: Config) -> dict[str, list[dict[str, Any]]]:
     """Two tables, beside optax and of the family, with a row per method."""
-    name, options = NETWORKS[network]
-    apply, params, stats = models.create(name, IMAGE_SHAPE, CLASSES, seed=0, **options)
+    apply, params, stats = models.create(
+        network, IMAGE_SHAPE, CLASSES, seed=0, **NETWORKS[network][1]
+    )
     keys = jax.random.split(jax.random.key(0))
     batch = data.Split(
         jax.random.uniform(keys[0], (config.batch_size, *IMAGE_SHAPE)),
@@ -245,10 +248,10 @@ def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
     config = command_line.parse(Config, __doc__ or "", args)
     results = {}
-    for network in NETWORKS:
+    for network in NETWORKS if config.network == "both" else [config.network]:
         results[network] = measure(network, config)
         for title, rows in results[network].items():
-            heading = f"{network}, batch {config.batch_size}, {title}"
+            heading = f"{network} {NETWORKS[network][0]}, batch {config.batch_size}, {title}"
             print(f"\n{heading}\n{table(rows)}", flush=True)
     report = {
         "device": jax.devices()[0].device_kind,

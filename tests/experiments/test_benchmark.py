@@ -5,13 +5,15 @@ import pytest
 from experiments import benchmark
 
 
-def test_benchmark(tmp_path, capsys, monkeypatch):
-    monkeypatch.delitem(benchmark.NETWORKS, "cnn 32-64-128")
+def test_benchmark(tmp_path, capsys):
     output = tmp_path / "benchmark.json"
-    benchmark.main(["--steps", "4", "--batch-size", "64", "--output", str(output)])
+    benchmark.main(
+        ["--steps", "4", "--batch-size", "64", "--network", "mlp", "--output", str(output)]
+    )
     printed = capsys.readouterr().out
     report = json.loads(output.read_text())
     assert report["versions"]["jax"]
+    assert list(report["results"]) == ["mlp"]
     for network, tables in report["results"].items():
         assert network in printed
         rows = tables["beside optax"]
