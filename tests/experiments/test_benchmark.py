@@ -44,7 +44,6 @@ def test_benchmark(tmp_path, capsys):
             "bilateral, ce": 3,
             "bilateral, log": 3.67,
             "friendly, log": 2,
-            "sparse-dynamic, ce": 2,
         }
         for name, gradients in expected.items():
             assert family[name] == pytest.approx(gradients, rel=0.1), name
