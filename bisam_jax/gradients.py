@@ -35,9 +35,10 @@ def value_and_grad(
     and aux of the clean pass, the gradient for any optimizer, and the next state of ``tx``.
 
     Args:
-        tx: :func:`bisam`, :func:`sam`, :func:`asam` or any other :func:`sharpness_aware`
-            transformation; ``state`` starts as ``tx.init(params)``. The base optimizer may follow
-            in a chain, but not with ``group_size``: all of ``tx`` runs once a group.
+        tx: :func:`bisam`, :func:`sam`, :func:`gsam` or any other method or
+            :func:`sharpness_aware` transformation; ``state`` starts as ``tx.init(params)``. The
+            base optimizer may follow in a chain, but not with ``group_size``: all of ``tx`` runs
+            once a group.
         loss_fn: ``loss_fn(params, batch)`` is the scalar loss to descend, a mean over the examples.
         perturbation_loss_fn: likewise the scalar loss to ascend; the same as ``loss_fn`` by
             default.
@@ -138,7 +139,8 @@ def _step(
     """The clean pass, then `tx`; `ascended` is None where the training loss is ascended."""
 
     def step(params: Any, state: Any, batch: Batch, **extra_args: Any) -> tuple:
-        evaluated = False
+        # Some methods take the losses of single examples, say, in place of loss_fn.
+        evaluated = bool(extra_args)
 
         def loss_fn(point: optax.Params) -> jax.Array:
             nonlocal evaluated

@@ -66,7 +66,8 @@ def tilted_sam(
         scale: standard deviation of the noise, a scalar >= 0, possibly traced.
         key: random key, or a seed for one.
         together: whether all starts are computed at once, by vmap, in ``num_samples`` times the
-            memory; one after another otherwise.
+            memory; one after another otherwise, in a loop, where XLA on CPU is slow at
+            convolutions.
 
     Returns:
         A transformation whose ``update`` takes what that of :func:`sharpness_aware` takes, without
@@ -158,23 +159,25 @@ def _mean_together(sample: Callable[[Any], tuple], num_samples: int) -> tuple:
 
 def _mean_one_by_one(sample: Callable[[Any], tuple], num_samples: int) -> tuple:
     """The softmax-weighted mean with the memory of one sample."""
-    largest, gradient, ball_state = sample(jnp.int32(0))
-    total = jnp.ones_like(largest)
-    for i in range(1, num_samples):
-        # The next sample may start only when the one before it is done. Unrolled, since XLA
-        # runs convolutions inside a loop many times slower on CPU.
-        index, gradient = jax.lax.optimization_barrier((jnp.int32(i), gradient))
-        tilted, new, ball_state = sample(index)
+
+    def add(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
+        largest, total, gradient, _ = carry
+        tilted, new, ball_state = sample(i)
         highest = jnp.maximum(largest, tilted)
         old_weight, new_weight = jnp.exp(largest - highest), jnp.exp(tilted - highest)
         gradient = jax.tree.map(
-            lambda m, g, a=old_weight, b=new_weight: (
-                jnp.asarray(a, m.dtype) * m + jnp.asarray(b, m.dtype) * g
+            lambda m, g: (
+                jnp.asarray(old_weight, m.dtype) * m + jnp.asarray(new_weight, m.dtype) * g
             ),
             gradient,
             new,
         )
-        largest, total = highest, old_weight * total + new_weight
+        return (highest, old_weight * total + new_weight, gradient, ball_state), None
+
+    largest, gradient, ball_state = sample(jnp.int32(0))
+    first = (largest, jnp.ones_like(largest), gradient, ball_state)
+    rest = jnp.arange(1, num_samples)
+    (_, total, gradient, ball_state), _ = jax.lax.scan(add, first, rest)
     return jax.tree.map(lambda m: m / jnp.asarray(total, m.dtype), gradient), ball_state
 
 

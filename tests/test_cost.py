@@ -127,6 +127,20 @@ def test_tilted_is_two_gradients_a_sample(together):
     assert flops(step, tx.init(PARAMS)) / flops(plain) == pytest.approx(4, rel=0.06)
 
 
+def test_tilted_needs_the_memory_of_one_sample():
+    memory = {}
+    for num_samples, together in ((1, False), (6, False), (6, True)):
+        tx = tilted_sam(0.1, num_samples=num_samples, together=together)
+
+        def step(params, state, batch, tx=tx):
+            return tx.update(params, state, params, loss_fn=lambda p: loss_fn(p, batch))
+
+        analysis = compiled(step, state=tx.init(PARAMS)).memory_analysis()
+        memory[num_samples, together] = analysis.temp_size_in_bytes
+    assert memory[6, False] < 1.5 * memory[1, False]
+    assert memory[6, True] > 3 * memory[1, False]
+
+
 @pytest.mark.parametrize("gamma", [0.25, 0.5, 1.0])
 def test_efficient_is_a_gradient_a_forward_pass_and_gamma_of_a_gradient(gamma):
     tx = efficient_sam(0.1, beta=0.5, gamma=gamma)

@@ -329,6 +329,22 @@ def test_bilevel_versions_through_value_and_grad(tx, sizes):
     np.testing.assert_allclose(value, q(PARAMS), rtol=1e-5)
 
 
+@pytest.mark.parametrize("q", [None, perturbation_loss_of_batch], ids=["sam", "bisam"])
+def test_efficient_through_value_and_grad(q):
+    def losses(params, indices):
+        part = BATCH if indices is None else jax.tree.map(lambda x: x[indices], BATCH)
+        return jax.vmap(
+            lambda x, y: loss_of_batch(params, {"x": x[None], "y": y[None]}), in_axes=(0, 0)
+        )(part["x"], part["y"])
+
+    tx = efficient_sam(0.3, beta=1.0, gamma=1.0)
+    step = value_and_grad(tx, loss_of_batch, q)
+    _, grads, _ = step(PARAMS, tx.init(PARAMS), BATCH, example_losses_fn=losses)
+    plain = value_and_grad(sam(0.3), loss_of_batch, q)
+    _, expected, _ = plain(PARAMS, sam(0.3).init(PARAMS), BATCH)
+    chex.assert_trees_all_close(grads, expected, rtol=5e-5, atol=1e-6)
+
+
 def test_fisher_scores_are_sums_of_squared_gradients():
     expected = [
         jax.tree.map(
