@@ -6,6 +6,7 @@ The methods take turns, step by step, so that a change in the machine's speed me
 of them are `optax.contrib.sam` with `opaque_mode=True`, and with `opaque_mode=False`, whose step
 is two calls: one for each gradient. A second table has every method of the training script; where
 a step's work changes (sparse-fisher makes a mask now and then), FLOPs are the dearest step's.
+XLA counts the body of a loop once: of tilted's three samples, run in a loop, two are counted.
 """
 
 import dataclasses
