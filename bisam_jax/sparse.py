@@ -103,7 +103,7 @@ def fisher_mask(
     check_count("update_every", update_every)
 
     def init_fn(params: optax.Params) -> FisherMaskState:
-        none = jax.tree.map(lambda p: jnp.zeros(p.shape, bool), float_part(params))
+        none = jax.tree.map(lambda p: jnp.zeros_like(p, dtype=bool), float_part(params))
         return FisherMaskState(jnp.zeros([], jnp.int32), none)
 
     def update_fn(
@@ -185,7 +185,11 @@ def dynamic_mask(
         params = float_part(params)
         leaves, structure = jax.tree.flatten(params)
         keys = jax.random.split(as_key(key), max(len(leaves), 1))
-        draws = [jax.random.uniform(k, p.shape) for k, p in zip(keys, leaves, strict=False)]
+        # Added to zeros, to lie where the parameters do.
+        draws = [
+            jnp.zeros_like(p, dtype=jnp.float32) + jax.random.uniform(k, p.shape, jnp.float32)
+            for k, p in zip(keys, leaves, strict=False)
+        ]
         scores = structure.unflatten(draws)
         n = size_of(scores)
         mask = top_k_mask(scores, n - _rounded(math.ceil, jnp.ceil, n, sparsity))

@@ -175,6 +175,8 @@ def _mean_one_by_one(sample: Callable[[Any], tuple], num_samples: int) -> tuple:
         return (highest, old_weight * total + new_weight, gradient, ball_state), None
 
     largest, gradient, ball_state = sample(jnp.int32(0))
+    if num_samples == 1:
+        return gradient, ball_state
     first = (largest, jnp.ones_like(largest), gradient, ball_state)
     rest = jnp.arange(1, num_samples)
     (_, total, gradient, ball_state), _ = jax.lax.scan(add, first, rest)

@@ -48,7 +48,16 @@ def top_k_mask(scores: Any, k: jax.typing.ArrayLike) -> Any:
     masks = []
     for b in bits:
         equal = b == threshold
-        rank = jnp.cumsum(equal.ravel(), dtype=jnp.int32).reshape(equal.shape)
-        masks.append((b > threshold) | (equal & (rank <= room)))
+        masks.append((b > threshold) | (equal & (_rank(equal) <= room)))
         room = room - jnp.sum(equal, dtype=jnp.int32)
     return structure.unflatten(masks)
+
+
+def _rank(mask: jax.Array) -> jax.Array:
+    """The number of True entries up to each entry, in row-major order."""
+    sharding = jax.typeof(mask).sharding
+    explicit = sharding.mesh.are_all_axes_explicit
+    # On a mesh with explicit axes, JAX sums along the axes of a whole array alone.
+    whole = jax.sharding.reshard(mask, jax.sharding.PartitionSpec()) if explicit else mask
+    rank = jnp.cumsum(whole.ravel(), dtype=jnp.int32).reshape(mask.shape)
+    return jax.sharding.reshard(rank, sharding.spec) if explicit else rank

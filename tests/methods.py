@@ -15,7 +15,8 @@ class Method(NamedTuple):
         make: from rho to the transformation.
         loss_calls: how often `loss_fn` is called when `grads` is ascended.
         state_bytes: per weight, in float32.
-        takes_grad_fn: whether it takes `grads` and `grad_fn`; it needs losses otherwise.
+        takes_grad_fn: whether it takes `grad_fn`; it needs losses otherwise.
+        ascends_loss_fn: whether it takes the ascent gradient itself, not at the parameters.
         extra_args: what `update` needs besides.
     """
 
@@ -23,6 +24,7 @@ class Method(NamedTuple):
     loss_calls: int = 1
     state_bytes: int = 0
     takes_grad_fn: bool = True
+    ascends_loss_fn: bool = False
     extra_args: dict[str, Any] = {}  # noqa: RUF012
 
 
@@ -48,6 +50,10 @@ METHODS = {
         lambda rho: bisam_jax.tilted_sam(rho, num_samples=1, radius=0.0),
         loss_calls=2,
         takes_grad_fn=False,
+        ascends_loss_fn=True,
+    ),
+    "efficient": Method(
+        lambda rho: bisam_jax.efficient_sam(rho, beta=1.0, gamma=1.0), takes_grad_fn=False
     ),
 }
 TAKING_GRAD_FN = {name: method for name, method in METHODS.items() if method.takes_grad_fn}

@@ -35,6 +35,8 @@ GRADS = jax.grad(loss_fn)(PARAMS)
 def update(tx, state=None, params=PARAMS, grads=GRADS, **extra_args):
     defaults = {"loss_fn": loss_fn, "fisher_scores_fn": largest_weights}
     extra_args = defaults | extra_args
+    # The whole batch as one example, for the method that asks for examples.
+    extra_args["example_losses_fn"] = lambda p, indices: extra_args["loss_fn"](p)[None]
     return tx.update(grads, tx.init(params) if state is None else state, params, **extra_args)
 
 
@@ -104,7 +106,7 @@ def test_functions_are_called_once(method):
         loss_fn=counted_loss,
         perturbation_loss_fn=counted_perturbation_loss,
     )
-    at_the_start = 0 if method.takes_grad_fn else 1
+    at_the_start = 1 if method.ascends_loss_fn else 0
     assert calls == {"loss": method.loss_calls - at_the_start, "perturbation": 1}
 
 
@@ -286,9 +288,9 @@ def test_structures_and_leaves_that_are_not_floating(method):
 
     grads = jax.grad(fn, allow_int=True)(params)
     tx = method.make(rho=0.1)
-    new, _ = jax.jit(lambda g, p: tx.update(g, tx.init(p), p, loss_fn=fn, **method.extra_args))(
-        grads, params
-    )
+    every = {"loss_fn": fn, "example_losses_fn": lambda p, indices: fn(p)[None]}
+    every |= method.extra_args
+    new, _ = jax.jit(lambda g, p: tx.update(g, tx.init(p), p, **every))(grads, params)
     chex.assert_trees_all_equal_structs(new, grads)
     assert new["integer"].dtype == jax.dtypes.float0
     assert jnp.isfinite(new["scalar"])
