@@ -5,15 +5,25 @@ parameters and batch statistics, and their initial values.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
+from experiments.models.cifar_resnet import CifarResNet
 from experiments.models.cnn import CNN
+from experiments.models.densenet import DenseNet
 from experiments.models.mlp import MLP
+from experiments.models.resnet import ResNet
+from experiments.models.vgg import VGG
+from experiments.models.vit import ViT
+from experiments.models.wide_resnet import WideResNet
 
 Apply = Callable[..., tuple[jax.Array, Any]]
+Init = Callable[[jax.Array], tuple[Any, Any]]
 
 
 class Architecture(NamedTuple):
@@ -26,29 +36,92 @@ class Architecture(NamedTuple):
     """
 
     module: Callable[..., nnx.Module]
-    convolutional: bool
+    convolutional: bool = True
 
 
 ARCHITECTURES = {
     "mlp": Architecture(MLP, convolutional=False),
-    "cnn": Architecture(CNN, convolutional=True),
+    "cnn": Architecture(CNN),
+    "resnet20": Architecture(partial(CifarResNet, depth=20)),
+    "resnet32": Architecture(partial(CifarResNet, depth=32)),
+    "resnet56": Architecture(partial(CifarResNet, depth=56)),
+    "wrn16_8": Architecture(partial(WideResNet, depth=16, width=8)),
+    "wrn28_2": Architecture(partial(WideResNet, depth=28, width=2)),
+    "wrn28_10": Architecture(partial(WideResNet, depth=28, width=10)),
+    "densenet121": Architecture(partial(DenseNet, layers=(6, 12, 24, 16))),
+    "vgg19_bn": Architecture(VGG),
+    "resnet18": Architecture(partial(ResNet, blocks=(2, 2, 2, 2), bottleneck=False)),
+    "resnet50": Architecture(partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True)),
+    # Patches are embedded by a linear map.
+    "vit_tiny": Architecture(partial(ViT, width=192, heads=3), convolutional=False),
+    "vit_small": Architecture(partial(ViT, width=384, heads=6), convolutional=False),
 }
 
 
-def create(
-    name: str, image_shape: tuple[int, ...], classes: int, seed: int, **options: Any
-) -> tuple[Apply, Any, Any]:
-    """Returns `(apply, params, stats)` of a new model; `options` go to its class.
+def build(
+    name: str,
+    image_shape: tuple[int, ...],
+    classes: int,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    **options: Any,
+) -> tuple[Init, Apply]:
+    """Returns the pure functions `(init, apply)` of a model, without making any array.
 
-    `apply(params, stats, images, train=...)` returns `(logits, stats)`; batch statistics move if
-    and only if `train`.
+    `init(key)` returns `(params, stats)`, all float32, also under `jax.jit` and `jax.vmap`.
+    `apply(params, stats, images, train=..., key=None)` takes [batch, height, width, channels] and
+    returns `(logits, stats)`, the logits float32 [batch, classes]. Batch statistics move if and
+    only if `train`; then dropout, where a model has it, needs the `key`.
+
+    Args:
+        name: one of ARCHITECTURES.
+        image_shape: (height, width, channels).
+        classes: the number of logits.
+        dtype: that of the computation, float32 or bfloat16.
+        **options: for the model's class.
+
+    Raises:
+        ValueError: if there is no such model, or it takes no such images.
     """
-    model = ARCHITECTURES[name].module(image_shape, classes, rngs=nnx.Rngs(seed), **options)
-    graphdef, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    if name not in ARCHITECTURES:
+        raise ValueError(f"model must be one of {', '.join(ARCHITECTURES)}; got {name!r}")
 
-    def apply(params: Any, stats: Any, images: jax.Array, *, train: bool) -> tuple:
+    def module(key: jax.Array) -> nnx.Module:
+        return ARCHITECTURES[name].module(
+            image_shape, classes, dtype=dtype, rngs=nnx.Rngs(key), **options
+        )
+
+    def init(key: jax.Array) -> tuple[Any, Any]:
+        _, *states = nnx.split(module(key), nnx.Param, nnx.BatchStat)
+        params, stats = map(nnx.to_pure_dict, states)
+        return params, stats
+
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: module(jax.random.key(0))))
+
+    def apply(
+        params: Any, stats: Any, images: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> tuple[jax.Array, Any]:
+        if images.shape[1:] != tuple(image_shape):
+            raise ValueError(
+                f"images must have the shape {('batch', *image_shape)}; got {images.shape}"
+            )
         model: Any = nnx.merge(graphdef, params, stats, copy=True)
-        logits = model(images, train=train)
+        logits = model(images, train=train, key=key)
         return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
-    return apply, nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
+    return init, apply
+
+
+def create(
+    name: str,
+    image_shape: tuple[int, ...],
+    classes: int,
+    seed: int,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    **options: Any,
+) -> tuple[Apply, Any, Any]:
+    """Returns `(apply, params, stats)` of a new model; see :func:`build`."""
+    init, apply = build(name, image_shape, classes, dtype=dtype, **options)
+    # Not compiled as one: that takes up to twice as long for a single model.
+    return apply, *init(jax.random.key(seed))

@@ -4,27 +4,44 @@ import itertools
 import math
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
+
+from experiments.models.layers import BatchNorm, head
 
 
 class MLP(nnx.Module):
     """Flattens the images; `width` units, batch normalisation and ReLU in each hidden layer."""
 
     def __init__(
-        self, image_shape: tuple[int, ...], classes: int, *, rngs: nnx.Rngs, width: int = 256
+        self,
+        image_shape: tuple[int, ...],
+        classes: int,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+        width: int = 256,
     ) -> None:
         sizes = (math.prod(image_shape), width, width)
         self.hidden = nnx.List(
             nnx.Linear(
-                n_in, n_out, use_bias=False, kernel_init=nnx.initializers.he_normal(), rngs=rngs
+                n_in,
+                n_out,
+                use_bias=False,
+                kernel_init=nnx.initializers.he_normal(),
+                dtype=dtype,
+                rngs=rngs,
             )
             for n_in, n_out in itertools.pairwise(sizes)
         )
-        self.norms = nnx.List(nnx.BatchNorm(n, momentum=0.9, rngs=rngs) for n in sizes[1:])
-        self.head = nnx.Linear(width, classes, rngs=rngs)
+        self.norms = nnx.List(BatchNorm(n, rngs=rngs) for n in sizes[1:])
+        self.head = head(width, classes, rngs=rngs)
 
-    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+    def __call__(
+        self, images: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> jax.Array:
         x = images.reshape(len(images), -1)
         for linear, norm in zip(self.hidden, self.norms, strict=True):
-            x = nnx.relu(norm(linear(x), use_running_average=not train))
+            x = nnx.relu(norm(linear(x), train=train))
         return self.head(x)

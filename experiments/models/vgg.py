@@ -1,0 +1,81 @@
+"""VGG with batch normalisation, for small images.
+
+Simonyan, Zisserman: Very Deep Convolutional Networks for Large-Scale Image Recognition,
+arXiv:1409.1556, configuration E; the narrow classifier is that of the usual port to CIFAR,
+https://github.com/chengyangfu/pytorch-vgg-cifar10.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from experiments.models.layers import (
+    BatchNorm,
+    check_image_shape,
+    convolution,
+    dropout_keys,
+    global_mean,
+    head,
+    max_pool,
+)
+
+CHANNELS = (64, 128, 256, 512, 512)
+
+
+class VGG(nnx.Module):
+    """Five groups of 3x3 convolutions, a 2x2 maximum after each, and three linear layers.
+
+    Of an odd side the maxima keep the last row, so that 28x28 ends at one pixel as 32x32 does;
+    what is left of larger images is averaged. `dropout` precedes the first two linear layers.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, ...],
+        classes: int,
+        *,
+        convolutions: tuple[int, ...] = (2, 2, 4, 4, 4),
+        dropout: float = 0.5,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        # The smallest side that each of five maxima makes smaller.
+        check_image_shape(image_shape, smallest=17)
+        self.group_sizes = convolutions
+        self.convolutions = nnx.List()
+        self.norms = nnx.List()
+        n_in = image_shape[-1]
+        for n_out, count in zip(CHANNELS, convolutions, strict=True):
+            for _ in range(count):
+                self.convolutions.append(
+                    convolution(
+                        n_in, n_out, 3, fan="fan_out", use_bias=True, dtype=dtype, rngs=rngs
+                    )
+                )
+                self.norms.append(BatchNorm(n_out, rngs=rngs))
+                n_in = n_out
+        self.dropout = nnx.Dropout(dropout)
+        self.hidden = nnx.List(
+            nnx.Linear(n_in, n_in, kernel_init=nnx.initializers.he_normal(), dtype=dtype, rngs=rngs)
+            for _ in range(2)
+        )
+        self.head = head(n_in, classes, rngs=rngs)
+
+    def __call__(
+        self, images: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> jax.Array:
+        keys = dropout_keys(key, active=train and self.dropout.rate > 0)
+        layers = iter(zip(self.convolutions, self.norms, strict=True))
+        x = images
+        for size in self.group_sizes:
+            for layer, norm in itertools.islice(layers, size):
+                x = nnx.relu(norm(layer(x), train=train))
+            x = max_pool(x, 2)
+        x = global_mean(x)
+        for linear in self.hidden:
+            x = self.dropout(x, deterministic=not train, rngs=next(keys))
+            x = nnx.relu(linear(x))
+        return self.head(x)

@@ -1,0 +1,122 @@
+"""Vision transformers in the sizes tiny and small.
+
+Dosovitskiy et al.: An Image is Worth 16x16 Words, arXiv:2010.11929; sizes, class token and
+initialisation are those of Touvron et al. (DeiT), arXiv:2012.12877, without distillation and
+stochastic depth.
+"""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from experiments.models.layers import check_image_shape, dropout_keys
+
+# DeiT truncates at 2, a hundred standard deviations.
+INIT = nnx.initializers.normal(0.02)
+# PyTorch's default for a convolution, which DeiT leaves in the patch embedding.
+PATCH_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def linear(n_in: int, n_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(n_in, n_out, kernel_init=INIT, dtype=dtype, rngs=rngs)
+
+
+def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """In float32; the linear layer that follows casts to its own dtype."""
+    return nnx.LayerNorm(width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
+
+
+class Block(nnx.Module):
+    """Self-attention and a perceptron of ratio 4, each after a layer normalisation."""
+
+    def __init__(
+        self, width: int, heads: int, dropout: float, *, dtype: DTypeLike, rngs: nnx.Rngs
+    ) -> None:
+        self.heads = heads
+        self.norm_1 = layer_norm(width, rngs=rngs)
+        self.query_key_value = linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.projection = linear(width, width, dtype=dtype, rngs=rngs)
+        self.norm_2 = layer_norm(width, rngs=rngs)
+        self.widen = linear(width, 4 * width, dtype=dtype, rngs=rngs)
+        self.narrow = linear(4 * width, width, dtype=dtype, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout)
+
+    def attention(self, x: jax.Array) -> jax.Array:
+        """[batch, tokens, width] to the same, every token looking at all."""
+        batch, tokens, width = x.shape
+        qkv = self.query_key_value(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
+        return self.projection(mixed.reshape(x.shape))
+
+    def __call__(self, x: jax.Array, *, train: bool, keys: Iterator) -> jax.Array:
+        def dropout(x: jax.Array) -> jax.Array:
+            return self.dropout(x, deterministic=not train, rngs=next(keys))
+
+        x = x + dropout(self.attention(self.norm_1(x)))
+        y = dropout(nnx.gelu(self.widen(self.norm_2(x)), approximate=False))
+        return x + dropout(self.narrow(y))
+
+
+class ViT(nnx.Module):
+    """Patches of 16x16 pixels, of 4x4 where a side has less than 64; a class token is read out.
+
+    `dropout` follows the position embedding, the projection of each attention and both layers of
+    each perceptron.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, ...],
+        classes: int,
+        *,
+        width: int,
+        heads: int,
+        depth: int = 12,
+        dropout: float = 0.0,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ) -> None:
+        check_image_shape(image_shape, smallest=4)
+        height, breadth, channels = image_shape
+        self.patch = 16 if min(height, breadth) >= 64 else 4
+        if height % self.patch or breadth % self.patch:
+            raise ValueError(
+                f"height and width must be multiples of the patch, {self.patch}; "
+                f"got {height}x{breadth}"
+            )
+        tokens = (height // self.patch) * (breadth // self.patch) + 1
+        # A convolution whose stride is its size: a linear map of each patch, which is faster.
+        self.embedding = nnx.Linear(
+            self.patch**2 * channels, width, kernel_init=PATCH_INIT, dtype=dtype, rngs=rngs
+        )
+        self.class_token = nnx.Param(INIT(rngs.params(), (1, 1, width), jnp.float32))
+        self.positions = nnx.Param(INIT(rngs.params(), (1, tokens, width), jnp.float32))
+        self.dropout = nnx.Dropout(dropout)
+        self.blocks = nnx.List(
+            Block(width, heads, dropout, dtype=dtype, rngs=rngs) for _ in range(depth)
+        )
+        self.norm = layer_norm(width, rngs=rngs)
+        self.head = linear(width, classes, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(
+        self, images: jax.Array, *, train: bool, key: jax.Array | None = None
+    ) -> jax.Array:
+        keys = dropout_keys(key, active=train and self.dropout.rate > 0)
+        x = self.embedding(patches(images, self.patch))
+        class_token = jnp.broadcast_to(self.class_token[...], (len(x), 1, x.shape[-1]))
+        x = jnp.concatenate([class_token.astype(x.dtype), x], axis=1)
+        x = x + self.positions[...].astype(x.dtype)
+        x = self.dropout(x, deterministic=not train, rngs=next(keys))
+        for block in self.blocks:
+            x = block(x, train=train, keys=keys)
+        return self.head(self.norm(x[:, 0]))
+
+
+def patches(images: jax.Array, size: int) -> jax.Array:
+    """[batch, height, width, channels] to [batch, patches, size * size * channels], row by row."""
+    batch, height, width, channels = images.shape
+    x = images.reshape(batch, height // size, size, width // size, size, channels)
+    return x.swapaxes(2, 3).reshape(batch, -1, size * size * channels)
