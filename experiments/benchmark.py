@@ -7,6 +7,10 @@ of them are `optax.contrib.sam` with `opaque_mode=True`, and with `opaque_mode=F
 is two calls: one for each gradient. A second table has every method of the training script; where
 a step's work changes (sparse-fisher makes a mask now and then), FLOPs are the dearest step's.
 XLA counts the body of a loop once: of tilted's three samples, run in a loop, two are counted.
+
+    python -m experiments.benchmark --loop
+
+compares the training loop with the bare step instead.
 """
 
 import dataclasses
@@ -24,7 +28,7 @@ import jax
 import optax
 
 import bisam_jax
-from experiments import command_line, data, methods, models, training
+from experiments import benchmark_loop, command_line, data, methods, models, training
 
 NETWORKS = {
     "mlp": ("784-512-512-10", {"width": 512}),
@@ -48,6 +52,8 @@ class Config:
     """A perceptron 784-512-512-10, a small convolutional network, or both."""
     family: bool = True
     """Whether to measure every method of the training script too."""
+    loop: bool = False
+    """Measure what the training loop adds to a step instead; --steps counts rounds of 20 steps."""
     output: Path = Path("benchmark.json")
     """Where the numbers go."""
 
@@ -133,12 +139,12 @@ def family(apply: Callable, params: Any, stats: Any, rho: float) -> list[Subject
         def update(params: Any, state: Any, batch: data.Split) -> tuple:
             full = training.TrainState(params=params, stats=stats, **state)
             new, _ = step(full, batch)
-            kept = {key: getattr(new, key) for key in state}
+            kept = {name: getattr(new, name) for name in state}
             return new.params, kept
 
         def init(params: Any, batch: data.Split) -> dict[str, Any]:
-            state = training.init_state(params, stats, method, batch)._asdict()
-            return {key: state[key] for key in state if key not in ("params", "stats")}
+            state = training.init_state(params, stats, method, batch, jax.random.key(0))._asdict()
+            return {name: state[name] for name in state if name not in ("params", "stats")}
 
         return Subject(f"{name}, {perturbation}", update, init)
 
@@ -250,6 +256,12 @@ def main(args: Sequence[str] | None = None) -> None:
     config = command_line.parse(Config, __doc__ or "", args)
     results = {}
     for network in NETWORKS if config.network == "both" else [config.network]:
+        if config.loop:
+            results[network] = benchmark_loop.measure(network, config.batch_size, config.steps)
+            print(
+                f"\n{network}, batch {config.batch_size}\n{benchmark_loop.table(results[network])}"
+            )
+            continue
         results[network] = measure(network, config)
         for title, rows in results[network].items():
             heading = f"{network} {NETWORKS[network][0]}, batch {config.batch_size}, {title}"

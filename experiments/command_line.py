@@ -1,28 +1,54 @@
 """Command lines whose errors are one line."""
 
 import contextlib
+import dataclasses
 import io
 import re
 import sys
-from collections.abc import Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NoReturn, TypeVar
 
 import tyro
 
 ConfigT = TypeVar("ConfigT")
 
 
-def parse(config_type: type[ConfigT], description: str, args: Sequence[str] | None) -> ConfigT:
+def parse(
+    config_type: type[ConfigT],
+    description: str,
+    args: Sequence[str] | None,
+    presets: Mapping[str, ConfigT] | None = None,
+) -> ConfigT:
     """A configuration from command line arguments.
+
+    Args:
+        config_type: a dataclass.
+        description: for `--help`.
+        args: the arguments, or None for those of the process.
+        presets: configurations for `--preset NAME` to start from, in place of the defaults.
 
     Raises:
         SystemExit: with status 0 after `--help`; with status 2, and one line on standard error,
             if the arguments do not parse or the configuration refuses them with a ValueError.
     """
+    args = sys.argv[1:] if args is None else args
+    default = None
+    if presets is not None:
+        names = tuple(presets)
+        description += f"\n\n--preset NAME starts from a published recipe: {', '.join(names)}."
+        preset_type = dataclasses.make_dataclass(
+            "Preset", [("preset", Literal[names] | None, None)], frozen=True
+        )
+        chosen, args = _cli(preset_type, args, return_unknown_args=True, add_help=False)
+        default = presets.get(chosen.preset)
+    return _cli(config_type, args, description=description, default=default)
+
+
+def _cli(config_type: Any, args: Sequence[str], **options: Any) -> Any:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(config_type, description=description, args=args)
+            return tyro.cli(config_type, args=args, **options)
     except SystemExit as exit_:
         if not exit_.code:
             raise

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +12,20 @@ BASE_DEFAULTS = {
     "sgd": {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
     "adamw": {"learning_rate": 2e-3, "momentum": None, "weight_decay": 1e-2},
 }
-
+_IMAGES = {"model": "resnet20", "epochs": 200, "batch_size": 128, "cutout": 0.0}
+_NO_AUGMENTATION = {"crop_padding": 0, "flip": False, "cutout": 0.0}
+# What suits the images: a mirrored digit is no digit. Everything else is OTHER_DATASETS.
+DATASET_DEFAULTS = {
+    "digits": {"model": "mlp", "epochs": 50, "batch_size": 32, **_NO_AUGMENTATION},
+    "mnist": {**_IMAGES, "crop_padding": 2, "flip": False},
+    "svhn_cropped": {**_IMAGES, "crop_padding": 4, "flip": False},
+    "fashion_mnist": {**_IMAGES, "crop_padding": 2, "flip": True},
+    "cifar10": {**_IMAGES, "crop_padding": 4, "flip": True},
+    "cifar100": {**_IMAGES, "crop_padding": 4, "flip": True},
+}
+OTHER_DATASETS = {**_IMAGES, "crop_padding": 0, "flip": True}
+# Methods whose step needs more than gradients of a batch.
+NOT_IN_PARTS = ("efficient", "sparse-fisher", "sampa")
 
 FLOAT32_MAX = 3.4e38
 
@@ -22,8 +36,16 @@ class ArgumentError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What one run depends on. None is the default of the method or of the base optimizer."""
+    """What one run depends on. None is the default of the method, base optimizer or data set."""
 
+    dataset: str = "digits"
+    """digits, or an image classification data set of TFDS: cifar10, cifar100, fashion_mnist, ..."""
+    data_dir: Path | None = None
+    """Where TFDS has prepared it (default: TFDS's own folder)."""
+    train_examples: int | None = None
+    """Train on so many examples alone (default: all but the validation part)."""
+    image_size: int | None = None
+    """Height and width for images that are streamed (default 224, where sizes vary)."""
     method: Literal[
         "sgd",
         "sam",
@@ -42,8 +64,28 @@ class Config:
     """What is done with the second gradient; sgd has none (with either base optimizer)."""
     perturbation: Literal["ce", "log", "tanh"] | None = None
     """The loss that is ascended: cross-entropy, or BiSAM's (default ce; bisam-*: as it says)."""
-    model: Literal["mlp", "cnn"] = "mlp"
-    """Perceptron or convolutional network, both with batch normalisation."""
+    model: (
+        Literal[
+            "mlp",
+            "cnn",
+            "resnet20",
+            "resnet32",
+            "resnet56",
+            "wrn16_8",
+            "wrn28_2",
+            "wrn28_10",
+            "densenet121",
+            "vgg19_bn",
+            "resnet18",
+            "resnet50",
+            "vit_tiny",
+            "vit_small",
+        ]
+        | None
+    ) = None
+    """The network (default mlp for digits, else resnet20); mlp and cnn are small."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the model's arithmetic; parameters and statistics are always float32."""
 
     rho: float | None = None
     """Radius of the perturbation (default 0.05; asam 0.5)."""
@@ -68,7 +110,7 @@ class Config:
     sparsity: float | None = None
     """sparse-*: share of the weights that are not perturbed (default 0.5)."""
     update_every: int | None = None
-    """sparse-*: steps between changes of the mask (default 39, an epoch of the default batch)."""
+    """sparse-*: steps between changes of the mask (default: an epoch)."""
     drop_rate: float | None = None
     """sparse-dynamic: share of the mask that moves (default 0.5)."""
     beta: float | None = None
@@ -93,24 +135,36 @@ class Config:
     label_smoothing: float = 0.1
     """Share of each label that is spread over the other classes, in the training loss."""
 
-    epochs: int = 50
-    """Passes over the training examples."""
-    batch_size: int = 32
-    """Examples a step; the incomplete last batch of an epoch is dropped."""
+    crop_padding: int | None = None
+    """Pixels by which images are shifted at most (default 4 for CIFAR); not if streamed."""
+    flip: bool | None = None
+    """Whether half of the images are mirrored (default: not if they show digits)."""
+    cutout: float | None = None
+    """Share of the images that lose a square of 16x16 pixels (default 0)."""
+
+    epochs: int | None = None
+    """Passes over the training examples (default 200; digits 50)."""
+    batch_size: int | None = None
+    """Examples a step (default 128; digits 32); an epoch's incomplete last batch is dropped."""
+    group_size: int | None = None
+    """m-sharpness: so many examples share a perturbation (default: the batch)."""
+    microbatch_size: int | None = None
+    """Compute on so many examples at a time, to save memory (default: the batch)."""
     seed: int = 0
-    """Of initialisation, order of examples and label noise; the split is always the same."""
+    """Of everything random but the split, which is always the same."""
     label_noise: float = 0.0
     """Share of the training and validation labels replaced by another class."""
+    workers: int = 2
+    """Processes that decode images, if streamed."""
+    checkpoint_every: int | None = None
+    """Steps between checkpoints (default: an epoch; digits: ten). The best epoch is always kept."""
+    keep_checkpoints: int = 2
+    """So many of the last checkpoints are kept."""
     output: Path | None = None
     """The run folder (default: a new one in runs/)."""
 
     def __post_init__(self) -> None:
         """Refuses impossible values, by the names of the command line."""
-        _check("--epochs", self.epochs, 1)
-        _check("--batch-size", self.batch_size, 2)
-        _check("--seed", self.seed, 0, 2**32 - 1)
-        _check("--label-noise", self.label_noise, 0, 1)
-        _check("--label-smoothing", self.label_smoothing, 0, 1)
         for name, (minimum, maximum) in _RANGES.items():
             _check(f"--{name.replace('_', '-')}", getattr(self, name), minimum, maximum)
         for name, maximum in (("mu", math.inf), ("alpha", math.inf), ("beta", 1), ("gamma", 1)):
@@ -121,11 +175,13 @@ class Config:
                 f"--perturbation {self.perturbation} contradicts --method {self.method}: use "
                 "--method sam with it"
             )
-        if self.method == "efficient" and int(self.batch_size * (self.gamma or 0.5)) < 2:
-            raise ArgumentError("--gamma leaves less than 2 examples of --batch-size")
 
     def resolved(self) -> "Config":
-        """With defaults filled in, and None where a value has no meaning."""
+        """With defaults filled in, and None where a value has no meaning.
+
+        Raises:
+            ArgumentError: if values contradict each other.
+        """
         perturbation = methods.perturbation_of(self.method) or self.perturbation or "ce"
         every = (methods.DEFAULTS, methods.PERTURBATION_DEFAULTS)
         names = (name for table in every for defaults in table.values() for name in defaults)
@@ -135,13 +191,53 @@ class Config:
             values |= methods.PERTURBATION_DEFAULTS[perturbation]
         else:
             perturbation = "ce"
-        given = {name: getattr(self, name) for name in values}
-        values = {
-            name: default if default is None or given[name] is None else given[name]
-            for name, default in values.items()
-        }
-        output = self.output or runs.new_folder(f"digits-{self.method}")
-        return dataclasses.replace(self, **values, perturbation=perturbation, output=output)
+        values |= DATASET_DEFAULTS.get(_base_name(self.dataset), OTHER_DATASETS)
+
+        def value_of(name: str, default: Any) -> Any:
+            # A default of None says that the value has no meaning here.
+            given = getattr(self, name)
+            return default if default is None or given is None else given
+
+        values = {name: value_of(name, default) for name, default in values.items()}
+        if values["update_every"] is not None:
+            values["update_every"] = self.update_every  # by default, an epoch
+        output = self.output or runs.new_folder(f"{_base_name(self.dataset)}-{self.method}")
+        config = dataclasses.replace(self, **values, perturbation=perturbation, output=output)
+        config._check_sizes()
+        return config
+
+    def with_epochs_of(self, steps: int) -> "Config":
+        """With defaults filled in that are a number of epochs of so many steps."""
+        values = {"checkpoint_every": steps * (10 if self.dataset == "digits" else 1)}
+        if "update_every" in methods.DEFAULTS[self.method]:
+            values["update_every"] = steps
+        missing = {name: value for name, value in values.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
+
+    def _check_sizes(self) -> None:
+        """Refuses sizes that do not fit each other, once all are known."""
+        assert self.batch_size is not None
+        if self.method == "efficient" and int(self.batch_size * (self.gamma or 0.5)) < 2:
+            raise ArgumentError("--gamma leaves less than 2 examples of --batch-size")
+        if self.group_size is not None and self.method == "sgd":
+            raise ArgumentError(
+                "--group-size has no meaning for --method sgd: nothing is perturbed"
+            )
+        for name in ("group_size", "microbatch_size"):
+            option, size = f"--{name.replace('_', '-')}", getattr(self, name)
+            if size is None:
+                continue
+            if self.method in NOT_IN_PARTS:
+                raise ArgumentError(f"{option} cannot be used with --method {self.method}")
+            if self.batch_size % size:
+                raise ArgumentError(
+                    f"{option} must divide --batch-size, got {size} and {self.batch_size}"
+                )
+        if self.group_size and self.microbatch_size and self.microbatch_size % self.group_size:
+            raise ArgumentError(
+                f"--microbatch-size must be a multiple of --group-size, got "
+                f"{self.microbatch_size} and {self.group_size}"
+            )
 
 
 _RANGES = {
@@ -149,9 +245,20 @@ _RANGES = {
     **dict.fromkeys(("gsam_alpha", "rho_min", "noise_radius", "noise_scale"), (0, math.inf)),
     **dict.fromkeys(("sparsity", "drop_rate", "interpolation", "decay"), (0, 1)),
     **dict.fromkeys(("num_samples", "update_every"), (1, math.inf)),
+    **dict.fromkeys(("epochs", "train_examples", "image_size"), (1, math.inf)),
+    **dict.fromkeys(("group_size", "microbatch_size", "batch_size"), (2, math.inf)),
+    **dict.fromkeys(("checkpoint_every", "keep_checkpoints"), (1, math.inf)),
+    **dict.fromkeys(("crop_padding", "workers"), (0, math.inf)),
+    **dict.fromkeys(("label_noise", "label_smoothing", "cutout"), (0, 1)),
+    "seed": (0, 2**32 - 1),
     "sigma": (0, math.inf),
     "tilt": (-math.inf, math.inf),
 }
+
+
+def _base_name(dataset: str) -> str:
+    """TFDS's name without configuration and version."""
+    return re.split("[/:]", dataset)[0]
 
 
 def _check(

@@ -1,71 +1,109 @@
-"""A run's folder: configuration, metrics, curves, checkpoint, summary.
+"""A run's folder: configuration, metrics, curves, checkpoints, summary.
 
 config.json     the resolved configuration, written first
 metrics.csv     one line an epoch, appended as it goes
-checkpoint/     parameters and batch statistics of the best epoch (orbax)
-curves.png      loss and validation accuracy
+tensorboard/    the same as event files
+checkpoints/    the last ones, and that of the best epoch (orbax)
+curves.png      loss and validation accuracy, drawn at the end
 summary.json    status, how far it got, test accuracy; written last, also after an interruption
 """
 
 import csv
 import datetime
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib.figure
-import orbax.checkpoint as ocp
+import tensorboardX
 
-COLUMNS: tuple[str, ...] = ("epoch", "step", "loss", "validation_accuracy", "examples_per_second")
+COLUMNS: tuple[str, ...] = (
+    "epoch",
+    "step",
+    "loss",
+    "validation_accuracy",
+    "validation_loss",
+    "examples_per_second",
+)
 
 
 class RunFolder:
-    """A new folder, or an existing empty one.
-
-    Raises:
-        FileExistsError: if `path` exists and is not an empty folder.
-    """
+    """The files of one run, but for its checkpoints; see :meth:`create` and :meth:`reopen`."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path.resolve()
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics: list[dict[str, Any]] = []
+        self._events: tensorboardX.SummaryWriter | None = None
+
+    @classmethod
+    def create(cls, path: Path, config: dict[str, Any]) -> "RunFolder":
+        """A new folder, or an existing empty one, with its configuration.
+
+        Raises:
+            OSError: if `path` exists and is not an empty folder, or cannot be made.
+        """
         if path.exists() and not (path.is_dir() and not any(path.iterdir())):
             raise FileExistsError(f"{path} exists already and is never overwritten")
         path.mkdir(parents=True, exist_ok=True)
-        self.path = path.resolve()
-        self.metrics: list[dict[str, Any]] = []
-        self._checkpoints = ocp.CheckpointManager(
-            self.path / "checkpoint", options=ocp.CheckpointManagerOptions(max_to_keep=1)
-        )
+        folder = cls(path)
+        folder.write_json("config.json", config)
+        return folder
+
+    @classmethod
+    def reopen(cls, path: Path) -> tuple["RunFolder", dict[str, Any]]:
+        """An existing folder and its configuration.
+
+        Raises:
+            FileNotFoundError: if `path` is no run folder.
+            ValueError: if its configuration is no JSON object.
+        """
+        try:
+            config = json.loads((path / "config.json").read_text())
+        except OSError as error:
+            raise FileNotFoundError(f"{path} is no run folder: it has no config.json") from error
+        except ValueError as error:
+            raise ValueError(f"{path / 'config.json'} is damaged: {error}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{path / 'config.json'} is damaged: it holds no configuration")
+        return cls(path), config
+
+    def read_summary(self) -> dict[str, Any]:
+        """summary.json, or an empty one."""
+        try:
+            return json.loads((self.path / "summary.json").read_text())
+        except (OSError, ValueError):
+            return {}
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Writes `name` as indented JSON."""
-        (self.path / name).write_text(json.dumps(content, indent=2) + "\n")
+        """Writes `name` as indented JSON, all of it or nothing."""
+        self._write(name, json.dumps(content, indent=2) + "\n")
+
+    def start_metrics(self, rows: list[dict[str, Any]]) -> None:
+        """Makes metrics.csv and the event files anew, with the epochs that a checkpoint knows.
+
+        An interrupted run may have written epochs after its last checkpoint.
+        """
+        self.metrics = []
+        self._write("metrics.csv", ",".join(COLUMNS) + "\n")
+        if self._events is not None:
+            self._events.close()
+        shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
+        self._events = tensorboardX.SummaryWriter(str(self.path / "tensorboard"))
+        for row in rows:
+            self.append_metrics(row)
 
     def append_metrics(self, row: dict[str, Any]) -> None:
-        """Adds one epoch to metrics.csv, with the columns of `COLUMNS`."""
+        """Adds one epoch, with the columns of `COLUMNS`."""
+        assert self._events is not None
         with (self.path / "metrics.csv").open("a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            if not self.metrics:
-                writer.writeheader()
-            writer.writerow(row)
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+        for name in COLUMNS[2:]:
+            self._events.add_scalar(name, row[name], row["step"])
+        self._events.flush()
         self.metrics.append(row)
-
-    def save_checkpoint(self, epoch: int, tree: Any) -> None:
-        """Starts to write the best parameters so far; the earlier ones go when these are there."""
-        self._checkpoints.save(epoch, args=ocp.args.StandardSave(tree))
-
-    def restore_checkpoint(self, like: Any) -> Any:
-        """The saved tree, in the types of `like`."""
-        self._checkpoints.wait_until_finished()
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return self._checkpoints.restore(
-            self._checkpoints.latest_step(), args=ocp.args.StandardRestore(abstract)
-        )
-
-    def best_epoch(self) -> int | None:
-        """The epoch of the checkpoint, or None before the first."""
-        self._checkpoints.wait_until_finished()
-        return self._checkpoints.latest_step()
 
     def draw_curves(self) -> None:
         """Draws curves.png from the metrics so far."""
@@ -80,8 +118,14 @@ class RunFolder:
         figure.savefig(self.path / "curves.png", dpi=120)
 
     def close(self) -> None:
-        """Waits for what is being written."""
-        self._checkpoints.close()
+        """Closes the event files."""
+        if self._events is not None:
+            self._events.close()
+
+    def _write(self, name: str, text: str) -> None:
+        temporary = self.path / f"{name}.tmp"
+        temporary.write_text(text)
+        os.replace(temporary, self.path / name)
 
 
 def new_folder(name: str, parent: Path = Path("runs")) -> Path:

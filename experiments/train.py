@@ -4,204 +4,310 @@
 
 trains a perceptron on scikit-learn's digits with BiSAM (-log): 7 s on two CPU cores, imports and
 compilation included, and 98.36 % test accuracy (standard deviation 0.20, 10 seeds).
+
+    python -m experiments.train --preset bisam-cifar10 --precision bfloat16
+
+is the recipe of BiSAM's authors, for a GPU or TPU. A run that was stopped goes on bit for bit with
+
+    python -m experiments.train --resume runs/RUN
 """
 
 import dataclasses
+import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 import tqdm
 
 import bisam_jax
-from experiments import command_line, data, methods, models, runs, training
+from experiments import command_line, data, evaluation, launches, memory, runs
+from experiments.checkpoints import CheckpointError, Checkpoints
 from experiments.config import ArgumentError, Config
+from experiments.experiment import Experiment
 from experiments.interruption import Interruption
+from experiments.presets import PRESETS
 
 
 class NonFiniteLossError(Exception):
     """The loss became infinite or NaN."""
 
 
-def train(config: Config) -> dict[str, Any]:
+def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
     """Trains as configured; returns the summary that it also writes to the run folder.
 
+    Args:
+        config: what to train; with `resume`, that of the run, as :func:`load_config` gives it.
+        resume: a run folder to go on with, from its last checkpoint.
+
     Raises:
-        ArgumentError: if the batch is larger than the training set, or the run folder exists or
+        ArgumentError: if the configuration does not fit the data, or the run folder exists or
             cannot be made.
+        DatasetError: if the data set is not there.
+        CheckpointError: if a checkpoint cannot be read.
         NonFiniteLossError: if a loss is not finite; names the step.
-        KeyboardInterrupt: on Ctrl-C, after the epoch. In both cases the summary says how far the
-            run got.
+        KeyboardInterrupt: on Ctrl-C, after the launch under way, with a checkpoint of it. Then,
+            and after a SIGTERM, which returns, the summary's status is "interrupted".
     """
-    config = config.resolved()
-    dataset = data.digits(config.label_noise, config.seed)
-    if config.batch_size > len(dataset.train.labels):
-        raise ArgumentError(
-            f"--batch-size must be at most the {len(dataset.train.labels)} training examples, "
-            f"got {config.batch_size}"
-        )
-    assert config.output is not None
-    try:
-        folder = runs.RunFolder(config.output)
-    except OSError as error:
-        raise ArgumentError(f"--output must be a new folder: {error}") from error
-    folder.write_json("config.json", _as_json(config))
-    folder.write_json("summary.json", {"status": "started", "epochs_completed": 0})
-    print(" ".join(f"{name}={value}" for name, value in _as_json(config).items()))
     with Interruption() as interruption:
-        run = _Run(config, dataset, folder)
+        experiment = Experiment(config)
+        config = experiment.config
+        assert config.output is not None
+        try:
+            if resume is None:
+                folder = runs.RunFolder.create(config.output, _as_json(config))
+            else:
+                folder, _ = runs.RunFolder.reopen(resume)
+        except OSError as error:
+            raise ArgumentError(f"--output must be a new folder: {error}") from error
+        print(" ".join(f"{name}={value}" for name, value in _as_json(config).items()))
+        run = _Run(experiment, folder)
         try:
             run.train(interruption)
+            return run.finish(interruption)
         except NonFiniteLossError as error:
-            run.finish(str(error))
+            run.write_summary(str(error))
             raise
-        if interruption.requested and len(folder.metrics) < config.epochs:
-            run.finish("interrupted")
-            raise KeyboardInterrupt
-        return run.finish("finished")
+        finally:
+            run.close()
 
 
 class _Run:
-    """One run: the compiled functions, the state, and what is written about them."""
+    """One run: where it is, and what is written about it."""
 
-    def __init__(self, config: Config, dataset: data.Dataset, folder: runs.RunFolder) -> None:
-        self.config, self.folder = config, folder
-        image_shape = dataset.train.images.shape[1:]
-        apply, params, stats = models.create(
-            config.model, image_shape, dataset.classes, config.seed
-        )
-        self.train_split, self.validation, self.test = map(data.on_device, dataset[:3])
-        self.steps_per_epoch = len(self.train_split.labels) // config.batch_size
-        optimizer = _base_optimizer(config, config.epochs * self.steps_per_epoch)
-        assert config.perturbation is not None
-        method = methods.make(
-            config.method, config.perturbation, optimizer, dataclasses.asdict(config)
-        )
-        example_batch = jax.tree.map(lambda x: x[: config.batch_size], self.train_split)
-        self.state = training.init_state(params, stats, method, example_batch)
-        self.best = {"params": params, "stats": stats}
-        self.best_accuracy = 0.0
-        self.accuracy = training.make_accuracy(apply)
+    def __init__(self, experiment: Experiment, folder: runs.RunFolder) -> None:
+        self.experiment, self.folder = experiment, folder
+        self.config, self.state = experiment.config, experiment.state
+        self.checkpoints = Checkpoints(folder.checkpoints, self.config.keep_checkpoints)
         self.started = time.perf_counter()
-        on_cpu = jax.default_backend() == "cpu"
-        self.epoch = training.make_epoch(
-            training.make_step(apply, method, training.cross_entropy(config.label_smoothing)),
-            self.state,
-            self.train_split,
-            jax.random.key(config.seed),
-            config.batch_size,
-            scan=not (on_cpu and models.ARCHITECTURES[config.model].convolutional),
-        )
-        self.compile_seconds = time.perf_counter() - self.started
-        print(f"compiled in {self.compile_seconds:.1f} s, writing to {folder.path}", flush=True)
+        self.seconds_before = self.seconds_in_epoch = 0.0
+        self.step = 0
+        self.losses: list[float] = []  # of the steps of the epoch under way
+        rows = []
+        if saved := self.checkpoints.steps():
+            self.step = saved[-1]
+            self.state, progress = self.checkpoints.restore(self.step, self.state)
+            rows, self.losses = progress["metrics"], progress["losses"]
+            self.seconds_in_epoch = progress["seconds_in_epoch"]
+            self.seconds_before = progress["seconds"]
+            print(f"going on from step {self.step}")
+        folder.start_metrics(rows)
+        self.compile_seconds = 0.0
+        self.write_summary("started")
 
     def train(self, interruption: Interruption) -> None:
-        """All epochs, or those before an interruption."""
-        with tqdm.tqdm(total=self.config.epochs, unit="epoch", file=sys.stderr) as bar:
-            for number in range(1, self.config.epochs + 1):
-                row = self._one_epoch(number)
-                tqdm.tqdm.write(
-                    f"epoch {number:3d}  loss {row['loss']:.4f}  "
-                    f"validation {100 * row['validation_accuracy']:6.2f} %  "
-                    f"{row['examples_per_second']:,.0f} examples/s",
-                    file=sys.stdout,
+        """All steps that are left, or those before an interruption."""
+        if self.step == self.experiment.total_steps:
+            return
+        compiling = time.perf_counter()
+        launch = self.experiment.compile()
+        self.compile_seconds = time.perf_counter() - compiling
+        print(
+            f"compiled in {self.compile_seconds:.1f} s, writing to {self.folder.path}", flush=True
+        )
+        steps, every = self.experiment.steps_per_epoch, self.config.checkpoint_every or 0
+        with tqdm.tqdm(
+            total=self.experiment.total_steps, initial=self.step, unit="step", file=sys.stderr
+        ) as bar:
+            while self.step < self.experiment.total_steps and not interruption.signal:
+                epoch_end = (self.step // steps + 1) * steps
+                checkpoint = (self.step // every + 1) * every
+                begun = time.perf_counter()
+                self.state, self.step = launches.run(
+                    launch,
+                    self.state,
+                    self.step,
+                    min(epoch_end, checkpoint),
+                    lambda losses: self._note(losses, bar),
+                    lambda: interruption.signal is not None,
                 )
-                bar.update()
-                if interruption.requested:
-                    break
+                self.seconds_in_epoch += time.perf_counter() - begun
+                if self.step == epoch_end:
+                    self._end_epoch()
+                elif self.step == checkpoint:
+                    self._save()
+        if interruption.signal:
+            self._save()
 
-    def _one_epoch(self, number: int) -> dict[str, Any]:
-        start = time.perf_counter()
-        self.state, losses = self.epoch(self.state, number)
-        losses = np.asarray(losses)
-        seconds = time.perf_counter() - start
-        accuracy = float(self.accuracy(self.state.params, self.state.stats, self.validation))
-        # The accuracy tells of the parameters after the epoch's last step.
-        bad = np.flatnonzero(~np.isfinite([*losses, accuracy]))
-        if bad.size:
-            step = (number - 1) * self.steps_per_epoch + bad[0]
-            raise NonFiniteLossError(
-                f"stopped: the loss is not finite at step {step} (epoch {number}); "
-                "a smaller --learning-rate or --rho may help"
-            )
+    def _note(self, losses: list[float], bar: tqdm.tqdm) -> None:
+        self.losses += losses
+        bar.update(len(losses))
+        if not np.isfinite(losses).all():
+            first = int(np.flatnonzero(~np.isfinite(self.losses))[0])
+            self._stop_at(len(self.folder.metrics) * self.experiment.steps_per_epoch + first)
+
+    def _stop_at(self, step: int) -> None:
+        raise NonFiniteLossError(
+            f"stopped: the loss is not finite at step {step} (epoch "
+            f"{len(self.folder.metrics) + 1}); a smaller --learning-rate or --rho may help"
+        )
+
+    def _end_epoch(self) -> None:
+        experiment = self.experiment
+        accuracy, loss = experiment.evaluate(
+            self.state.params, self.state.stats, experiment.dataset.validation
+        )
+        # It tells of the parameters after the epoch's last step.
+        if not np.isfinite(accuracy):
+            self._stop_at(self.step)
+        examples = experiment.steps_per_epoch * experiment.batch_size
         row = {
-            "epoch": number,
-            "step": number * self.steps_per_epoch,
-            "loss": float(losses.mean()),
+            "epoch": len(self.folder.metrics) + 1,
+            "step": self.step,
+            "loss": float(np.mean(self.losses)),
             "validation_accuracy": accuracy,
-            "examples_per_second": self.steps_per_epoch * self.config.batch_size / seconds,
+            "validation_loss": loss,
+            "examples_per_second": examples / self.seconds_in_epoch,
         }
+        self.losses, self.seconds_in_epoch = [], 0.0
         self.folder.append_metrics(row)
-        # Among equals the later: it is trained longer.
-        if accuracy >= self.best_accuracy:
-            self.best_accuracy = accuracy
-            best = {"params": self.state.params, "stats": self.state.stats}
-            self.folder.save_checkpoint(number, best)
-        return row
+        is_best = self._best_row() is row
+        last = self.step == experiment.total_steps
+        if is_best or last or self.step % (self.config.checkpoint_every or 1) == 0:
+            self._save(accuracy)
+        tqdm.tqdm.write(
+            f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  validation {100 * accuracy:6.2f} %  "
+            f"{row['examples_per_second']:,.0f} examples/s",
+            file=sys.stdout,
+        )
+        sys.stdout.flush()
 
-    def finish(self, status: str) -> dict[str, Any]:
-        """Tests the checkpoint; writes curves and summary."""
-        epoch = self.folder.best_epoch()
-        test_accuracy = None
-        if epoch is not None:
-            best = self.folder.restore_checkpoint(self.best)
-            test_accuracy = float(self.accuracy(best["params"], best["stats"], self.test))
+    def _save(self, accuracy: float | None = None) -> None:
+        progress = {
+            "metrics": self.folder.metrics,
+            "losses": self.losses,
+            "seconds_in_epoch": self.seconds_in_epoch,
+            "seconds": self._seconds(),
+        }
+        self.checkpoints.save(self.step, self.state, progress, accuracy)
+
+    def _best_row(self) -> dict[str, Any] | None:
+        """The epoch of the highest validation accuracy; among equals the last."""
+        rows = self.folder.metrics
+        return max(rows, key=lambda row: (row["validation_accuracy"], row["epoch"]), default=None)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def finish(self, interruption: Interruption) -> dict[str, Any]:
+        """Tests the best checkpoint; writes curves and summary."""
+        self.checkpoints.wait()
+        if interruption.signal and self.step < self.experiment.total_steps:
             self.folder.draw_curves()
+            # After a SIGTERM there may be little time.
+            terminated = interruption.signal == signal.SIGTERM
+            summary = self.write_summary("interrupted", None if terminated else self._test())
+            if not terminated:
+                raise KeyboardInterrupt
+            return summary
+        self.folder.draw_curves()
+        return self.write_summary("finished", self._test())
+
+    def _test(self) -> float | None:
+        best = self._best_row()
+        if best is None:
+            return None
+        state, _ = self.checkpoints.restore(best["step"], self.state)
+        return self.experiment.evaluate(
+            state.params, state.stats, self.experiment.dataset.test
+        ).accuracy
+
+    def write_summary(self, status: str, test_accuracy: float | None = None) -> dict[str, Any]:
+        """Writes summary.json with what is known now."""
+        best = self._best_row()
         summary = {
             "status": status,
             "epochs_completed": len(self.folder.metrics),
             "epochs": self.config.epochs,
-            "checkpoint_epoch": epoch,
-            "validation_accuracy": None if epoch is None else self.best_accuracy,
+            "steps": self.step,
+            "checkpoint_epoch": best and best["epoch"],
+            "validation_accuracy": best and best["validation_accuracy"],
             "test_accuracy": test_accuracy,
-            "test_examples": len(self.test.labels),
-            "seconds": round(time.perf_counter() - self.started, 2),
+            "test_examples": evaluation.num_examples(self.experiment.dataset.test),
+            "seconds": round(self._seconds(), 2),
             "compile_seconds": round(self.compile_seconds, 2),
+            "peak_memory_bytes": memory.peak_bytes(),
             "device": jax.devices()[0].device_kind,
             "versions": {"bisam_jax": bisam_jax.__version__, "jax": jax.__version__},
         }
         self.folder.write_json("summary.json", summary)
-        self.folder.close()
         return summary
 
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self.checkpoints.close()
+        self.folder.close()
 
-def _base_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-    assert config.learning_rate is not None
-    assert config.weight_decay is not None
-    schedule = optax.cosine_decay_schedule(config.learning_rate, steps)
-    if config.base == "adamw":
-        return optax.adamw(schedule, weight_decay=config.weight_decay)
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay),
-        optax.sgd(schedule, momentum=config.momentum),
-    )
+
+def load_config(run: Path) -> Config:
+    """The configuration of a run folder.
+
+    Raises:
+        ArgumentError: if it is none, or not of this version.
+    """
+    try:
+        _, values = runs.RunFolder.reopen(run)
+        paths = {"output": run, "data_dir": values["data_dir"] and Path(values["data_dir"])}
+        return Config(**values | paths)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ArgumentError(f"{run} cannot be read as a run: {error}") from error
 
 
 def _as_json(config: Config) -> dict[str, Any]:
     values = dataclasses.asdict(config)
-    return values | {"output": str(config.output)}
+    return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(Config):
+    """The command line: a configuration, or a run to go on with."""
+
+    resume: Path | None = None
+    """Go on with this run, as if it had never stopped; it has its configuration already."""
+
+    def given(self) -> list[str]:
+        """The options that are not at their default."""
+        fields = dataclasses.fields(Config)
+        return [f.name for f in fields if getattr(self, f.name) != f.default]
+
+
+def _config_of(arguments: Arguments) -> Config:
+    if arguments.resume is None:
+        fields = dataclasses.fields(Config)
+        return Config(**{field.name: getattr(arguments, field.name) for field in fields})
+    config = load_config(arguments.resume)
+    given = arguments.given()
+    if given and given != ["data_dir"]:
+        option = "--" + next(name for name in given if name != "data_dir").replace("_", "-")
+        raise ArgumentError(f"--resume takes the run's own configuration: remove {option}")
+    return dataclasses.replace(config, data_dir=arguments.data_dir or config.data_dir)
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    config = command_line.parse(Config, __doc__ or "", args)
+    presets = {name: Arguments(**dataclasses.asdict(config)) for name, config in PRESETS.items()}
+    arguments = command_line.parse(Arguments, __doc__ or "", args, presets)
     try:
-        summary = train(config)
-    except ArgumentError as error:
+        summary = train(_config_of(arguments), arguments.resume)
+    except (ArgumentError, data.DatasetError, CheckpointError) as error:
         command_line.fail(str(error))
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("summary.json in the run folder says how far it got", file=sys.stderr)
+        print("interrupted: --resume and the run folder go on from here", file=sys.stderr)
         raise SystemExit(130) from None
+    if summary["status"] == "interrupted":
+        print(f"saved at step {summary['steps']}: --resume and the run folder go on from here")
+        return
     print(
         f"test accuracy {100 * summary['test_accuracy']:.2f} % on {summary['test_examples']} "
-        f"examples (checkpoint of epoch {summary['checkpoint_epoch']}, {summary['seconds']:.1f} s)"
+        f"examples (checkpoint of epoch {summary['checkpoint_epoch']}, {summary['seconds']:.1f} s, "
+        f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB at most)"
     )
 
 

@@ -1,4 +1,4 @@
-"""The training step and the epoch, as pure functions."""
+"""The training step, as a pure function."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,9 +13,10 @@ from experiments.methods import Method, PerExampleLoss
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes."""
+    """Everything that a step changes, and the key that all of a run's chance comes from."""
 
     step: jax.Array
+    key: jax.Array
     params: Any
     stats: Any
     method: optax.OptState
@@ -23,14 +24,30 @@ class TrainState(NamedTuple):
     previous_batch: Any = None
 
 
+class Keys(NamedTuple):
+    """A run's independent streams of chance: fold in the epoch, or the step."""
+
+    order: jax.Array
+    augmentation: jax.Array
+    dropout: jax.Array
+
+
 Step = Callable[[TrainState, Split], tuple[TrainState, jax.Array]]
 
 
-def init_state(params: Any, stats: Any, method: Method, example_batch: Split) -> TrainState:
+def keys_of(state: TrainState) -> Keys:
+    """The streams of a run, the same at each of its steps."""
+    return Keys(*jax.random.split(state.key, len(Keys._fields)))
+
+
+def init_state(
+    params: Any, stats: Any, method: Method, example_batch: Split, key: jax.Array
+) -> TrainState:
     """The state before the first step; `example_batch` gives shapes and types."""
-    previous = jax.tree.map(jnp.zeros_like, example_batch)
+    previous = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example_batch)
     return TrainState(
         step=jnp.zeros([], jnp.int32),
+        key=key,
         params=params,
         stats=stats,
         method=method.transformation.init(params),
@@ -58,15 +75,19 @@ def make_step(
 
     It passes everything that any method of the library asks for. What a method does not use is
     not computed: it is a function that is not called, or goes unused in the compiled program.
+
+    Dropout takes the same key in all passes of a step; batch statistics are the clean pass's.
     """
     ascended = method.perturbation_loss or loss
 
     def step(state: TrainState, batch: Split) -> tuple[TrainState, jax.Array]:
+        forward = _forward(apply, state)
+
         def losses_of(params: Any, part: Split) -> jax.Array:
-            return loss(apply(params, state.stats, part.images, train=True)[0], part.labels)
+            return loss(forward(params, part.images)[0], part.labels)
 
         def mean_ascended(params: Any, part: Split) -> tuple[jax.Array, Any]:
-            logits, stats = apply(params, state.stats, part.images, train=True)
+            logits, stats = forward(params, part.images)
             return ascended(logits, part.labels).mean(), (logits, stats)
 
         def mean_loss(params: Any, part: Split) -> jax.Array:
@@ -102,78 +123,76 @@ def make_step(
         grads, method_state = method.transformation.update(
             ascent, state.method, state.params, **extra_args
         )
-        updates, optimizer_state = method.optimizer.update(grads, state.optimizer, state.params)
-        new_state = TrainState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            stats=stats,
-            method=method_state,
-            optimizer=optimizer_state,
-            previous_batch=batch if method.needs_previous_batch else None,
-        )
+        new_state = _descend(state, method, grads, method_state, stats)
+        if method.needs_previous_batch:
+            new_state = new_state._replace(previous_batch=batch)
         return new_state, losses.mean()
 
     return step
 
 
-def make_epoch(
-    step: Step, state: TrainState, data: Split, key: jax.Array, batch_size: int, *, scan: bool
-) -> Callable[[TrainState, int], tuple[TrainState, jax.Array]]:
-    """Compiles `epoch(state, number)`, which returns the new state and the loss of each step.
+def make_step_in_parts(
+    apply: Callable[..., tuple[jax.Array, Any]],
+    method: Method,
+    loss: PerExampleLoss,
+    *,
+    group_size: int | None,
+    microbatch_size: int | None,
+) -> Step:
+    """As :func:`make_step`, for methods that ask for no more than gradients.
 
-    The order of the examples is that of `number` and `key` alone; the incomplete last batch is
-    dropped. The state is donated.
+    Batch normalisation sees one group or microbatch at a time, and its statistics are the mean
+    over them; dropout takes the same key in each.
 
     Args:
-        step: the training step.
-        state: gives shapes and types.
-        data: the training split, on the device.
-        key: for the order of the examples.
-        batch_size: at most the number of examples.
-        scan: whether an epoch is one launch, or one a step.
-    """
-    steps = len(data.labels) // batch_size
-
-    @jax.jit
-    def order_of(number: jax.Array) -> jax.Array:
-        permutation = jax.random.permutation(jax.random.fold_in(key, number), len(data.labels))
-        return permutation[: steps * batch_size].reshape(steps, batch_size)
-
-    def on_batch(state: TrainState, data: Split, indices: jax.Array) -> tuple:
-        return step(state, jax.tree.map(lambda x: x[indices], data))
-
-    def one_step(state: TrainState, data: Split, order: jax.Array) -> tuple:
-        return on_batch(state, data, order[state.step % steps])
-
-    def all_steps(state: TrainState, data: Split, order: jax.Array) -> tuple:
-        return jax.lax.scan(lambda state, indices: on_batch(state, data, indices), state, order)
-
-    launch = jax.jit(all_steps if scan else one_step, donate_argnums=0)
-    compiled = launch.lower(state, data, order_of(jnp.int32(0))).compile()
-
-    def epoch(state: TrainState, number: int) -> tuple[TrainState, jax.Array]:
-        order = order_of(jnp.int32(number))
-        if scan:
-            return compiled(state, data, order)
-        losses = []
-        for _ in range(steps):
-            state, loss = compiled(state, data, order)
-            losses.append(loss)
-        return state, jnp.stack(losses)
-
-    return epoch
-
-
-def make_accuracy(apply: Callable[..., tuple[jax.Array, Any]]) -> Callable:
-    """`accuracy(params, stats, split)`: the share of right predictions, a float32 scalar.
-
-    NaN if a logit is not finite: the largest of such logits would be class 0.
+        apply: the model.
+        method: what is done with the second gradient.
+        loss: the training loss.
+        group_size: examples that share a perturbation (m-sharpness), or None for all.
+        microbatch_size: examples that are in memory at once, or None for all.
     """
 
-    @jax.jit
-    def accuracy(params: Any, stats: Any, split: Split) -> jax.Array:
-        logits, _ = apply(params, stats, split.images, train=False)
-        right = jnp.mean(logits.argmax(-1) == split.labels)
-        return jnp.where(jnp.isfinite(logits).all(), right, jnp.nan)
+    def step(state: TrainState, batch: Split) -> tuple[TrainState, jax.Array]:
+        forward = _forward(apply, state)
 
-    return accuracy
+        def mean_of(descended: PerExampleLoss) -> Callable:
+            def mean(params: Any, part: Split) -> tuple[jax.Array, Any]:
+                logits, stats = forward(params, part.images)
+                return descended(logits, part.labels).mean(), (loss(logits, part.labels), stats)
+
+            return mean
+
+        q = method.perturbation_loss
+        value_and_grad = bisam_jax.value_and_grad(
+            method.transformation,
+            mean_of(loss),
+            None if q is None else mean_of(q),
+            has_aux=True,
+            group_size=group_size,
+            microbatch_size=microbatch_size,
+        )
+        (_, (losses, stats)), grads, method_state = value_and_grad(
+            state.params, state.method, batch
+        )
+        return _descend(state, method, grads, method_state, stats), losses.mean()
+
+    return step
+
+
+def _forward(apply: Callable, state: TrainState) -> Callable:
+    """The training model of one step: its key and its statistics."""
+    key = jax.random.fold_in(keys_of(state).dropout, state.step)
+    return lambda params, images: apply(params, state.stats, images, train=True, key=key)
+
+
+def _descend(
+    state: TrainState, method: Method, grads: optax.Updates, method_state: Any, stats: Any
+) -> TrainState:
+    updates, optimizer_state = method.optimizer.update(grads, state.optimizer, state.params)
+    return state._replace(
+        step=state.step + 1,
+        params=optax.apply_updates(state.params, updates),
+        stats=stats,
+        method=method_state,
+        optimizer=optimizer_state,
+    )

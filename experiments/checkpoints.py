@@ -1,0 +1,159 @@
+"""Checkpoints of a run: all that it takes to go on bit for bit."""
+
+import gc
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+ACCURACY = "validation_accuracy"
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be read, or belongs to another run."""
+
+
+class Checkpoints:
+    """The last checkpoints of a run and the best one, in a folder of their own.
+
+    They are written in the background, and appear under their step when they are complete.
+
+    Args:
+        folder: made if it does not exist; what an interrupted write left in it is removed.
+        keep: how many of the last ones to keep, beside the best.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        # Among equals the later is the best: it is trained longer.
+        best = checkpoint_managers.BestN(
+            get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
+        )
+        policy = checkpoint_managers.AnyPreservationPolicy(
+            [checkpoint_managers.LatestN(keep), best]
+        )
+        self._manager = ocp.CheckpointManager(
+            folder.resolve(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policy, best_fn=_accuracy, cleanup_tmp_directories=True
+            ),
+        )
+
+    def save(
+        self, step: int, state: Any, progress: dict[str, Any], accuracy: float | None = None
+    ) -> None:
+        """Starts to write `state` and `progress`, which is JSON, unless `step` is there already.
+
+        Args:
+            step: the number of steps made.
+            state: a tree of arrays, copied before this returns.
+            progress: what the run knows beside its state.
+            accuracy: on the validation split, at the end of an epoch.
+        """
+        if step in self.steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                progress=ocp.args.JsonSave(progress),
+                fingerprints=ocp.args.JsonSave(_fingerprints(state)),
+            ),
+            metrics=None if accuracy is None else {ACCURACY: accuracy},
+        )
+
+    def steps(self) -> list[int]:
+        """The steps there is a checkpoint of, in order."""
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step of the highest accuracy; the last step if none has one, None if there is none.
+
+        Among equals the last.
+        """
+        self.wait()
+        best = self._manager.best_step()
+        return self._manager.latest_step() if best is None else best
+
+    def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
+        """The state and the progress of `step`.
+
+        Args:
+            step: one of :meth:`steps`.
+            like: a state of the same structure, shapes and dtypes.
+
+        Raises:
+            CheckpointError: if it is damaged, or not of such a state.
+        """
+        self.wait()
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        small = ocp.args.Composite(
+            progress=ocp.args.JsonRestore(), fingerprints=ocp.args.JsonRestore()
+        )
+        large = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        try:
+            # One after the other: orbax complains at length where one of several reads fails.
+            progress, fingerprints = self._manager.restore(step, args=small).values()
+            state = self._manager.restore(step, args=large).state
+            # The arrays' files have no checksum.
+            if _fingerprints(state) == fingerprints:
+                return state, progress
+            reason = "the arrays are not those that were saved"
+        # Whatever a file that is not what it was makes the readers raise.
+        except Exception as error:
+            reason = _first_line(error)
+        _forget_failed_reads()
+        raise CheckpointError(
+            f"the checkpoint {self.folder / str(step)} is damaged or of another run: remove it to "
+            f"go on from an earlier one ({reason})"
+        )
+
+    def wait(self) -> None:
+        """Returns when everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends the background work."""
+        self._manager.close()
+
+
+def _accuracy(metrics: dict[str, float]) -> float:
+    return metrics[ACCURACY]
+
+
+def _fingerprints(tree: Any) -> dict[str, int]:
+    """A number for the bits of each array, the same for any layout over devices."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    sums = _sums_of_bits([leaf for _, leaf in leaves])
+    return {
+        jax.tree_util.keystr(path): int(sum_) for (path, _), sum_ in zip(leaves, sums, strict=True)
+    }
+
+
+@jax.jit
+def _sums_of_bits(leaves: list[jax.Array]) -> list[jax.Array]:
+    def sum_of_bits(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            bits = jnp.finfo(leaf.dtype).bits
+            leaf = jax.lax.bitcast_convert_type(leaf, f"uint{bits}")
+        return leaf.astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+    return [sum_of_bits(leaf) for leaf in leaves]
+
+
+def _forget_failed_reads() -> None:
+    """Drops orbax's other reads, each of which would print its own error when it is collected."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
+    gc.collect()
+    sys.unraisablehook = hook
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:100] if lines else type(error).__name__

@@ -1,0 +1,34 @@
+"""What a data set is to the rest of the experiments."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from experiments.data.splits import Split
+from experiments.data.stream import Stream
+
+
+class Dataset(NamedTuple):
+    """Three disjoint parts: arrays if they fit in memory, else streams of image files.
+
+    Label noise is in train and validation alone.
+
+    Attributes:
+        train: to learn from.
+        validation: to choose the checkpoint.
+        test: to report.
+        classes: labels are 0 to `classes - 1`.
+        image_shape: height, width, channels, as they reach the model.
+        mean: float32[channels], in the units of the images.
+        std: float32[channels], in the units of the images.
+        name: as it was asked for.
+    """
+
+    train: Split | Stream
+    validation: Split | Stream
+    test: Split | Stream
+    classes: int
+    image_shape: tuple[int, int, int]
+    mean: np.ndarray
+    std: np.ndarray
+    name: str

@@ -1,0 +1,91 @@
+"""Finds a data set that TFDS has prepared, on disk alone: TFDS itself would ask the network."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from experiments.data.splits import DatasetError
+
+_NAME = re.compile(
+    r"(?P<dataset>[a-z_]\w*)(/(?P<config>[\w+\-.]*\w))?(:(?P<version>\d+\.\d+\.\d+))?"
+)
+_VERSION = re.compile(r"\d+\.\d+\.\d+")
+_METADATA = ("dataset_info.json", "features.json")
+
+
+def open_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> Any:
+    """The TFDS builder of what is on disk, for reading.
+
+    Args:
+        name: as TFDS writes it: `name`, `name/config`, `name:version` or `name/config:version`.
+            Without a version it is the newest, without a configuration the only one.
+        data_dir: where TFDS put it; by default where TFDS puts everything, `TFDS_DATA_DIR` or
+            `~/tensorflow_datasets`.
+
+    Raises:
+        DatasetError: if it is not there, or not in the format that can be read without
+            TensorFlow. The message has the commands that prepare it.
+    """
+    default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    root = Path(default if data_dir is None else data_dir).expanduser()
+    folder = _folder(name, root)
+
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(folder)
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if "array_record" not in formats:
+        raise DatasetError(
+            f"{folder} is in the format {' and '.join(sorted(formats))}, not array_record: "
+            f"delete it or choose another folder, and {_how_to_prepare(name, root)}"
+        )
+    return builder
+
+
+def _folder(name: str, root: Path) -> Path:
+    """The folder of the version, with the files that describe it."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise DatasetError(
+            f"{name!r} names no data set: 'digits', or as TFDS writes it 'name', 'name/config', "
+            "'name:1.0.0' or 'name/config:1.0.0'"
+        )
+    folder = root / match["dataset"]
+    if match["config"]:
+        folder /= match["config"]
+    versions = _versions(folder)
+    if not versions and not match["config"]:
+        configs = [path.name for path in _folders(folder) if _versions(path)]
+        if len(configs) > 1:
+            names = ", ".join(f"{match['dataset']}/{config}" for config in configs)
+            raise DatasetError(f"{folder} has several configurations, name one: {names}")
+        folder = folder.joinpath(*configs)
+        versions = _versions(folder)
+    if match["version"]:
+        versions = [path for path in versions if path.name == match["version"]]
+    if not versions:
+        raise DatasetError(f"there is no {name} in {root}: {_how_to_prepare(name, root)}")
+    return max(versions, key=lambda path: [int(part) for part in path.name.split(".")])
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
+
+
+def _versions(path: Path) -> list[Path]:
+    return [
+        child
+        for child in _folders(path)
+        if _VERSION.fullmatch(child.name) and all((child / file).is_file() for file in _METADATA)
+    ]
+
+
+def _how_to_prepare(name: str, root: Path) -> str:
+    return (
+        "prepare it once, with TensorFlow installed, by\n"
+        "    pip install tensorflow tensorflow-datasets\n"
+        '    python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', data_dir='{root}', file_format='array_record')"
+        '.download_and_prepare()"'
+    )

@@ -1,0 +1,202 @@
+"""Any image classification data set of TFDS: in memory if it fits, else as streams."""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from experiments.data import image_files
+from experiments.data.dataset import Dataset
+from experiments.data.prepared import open_builder
+from experiments.data.records import Records
+from experiments.data.splits import (
+    SPLIT_SEED,
+    DatasetError,
+    Split,
+    first_examples,
+    label_offsets,
+)
+from experiments.data.stream import Stream
+
+MEMORY_LIMIT = 4 * 2**30
+IMAGE_SIZE = 224
+VALIDATION_SHARE = 0.1
+
+# Mean and standard deviation per channel of the training images scaled to [0, 1].
+STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "fashion_mnist": ((0.2860,), (0.3530,)),
+    "imagenet2012": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "imagenette": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+_BLOCK = 1000
+
+SourceOf = Callable[[str], Any]
+
+
+def tfds_images(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    train_examples: int | None = None,
+    label_noise: float = 0.0,
+    seed: int = 0,
+    image_size: int | None = None,
+    memory_limit: int = MEMORY_LIMIT,
+    workers: int | None = None,
+) -> Dataset:
+    """A data set that TFDS has prepared on disk.
+
+    Of TFDS's training split 90 % are to train and the rest to choose the checkpoint, by one
+    permutation for all seeds. The test split is TFDS's `test`, or its `validation` where there is
+    no `test` with labels.
+
+    Args:
+        name: as TFDS writes it: `name`, `name/config`, `name:version` or `name/config:version`.
+        data_dir: where TFDS put it, by default where TFDS puts everything.
+        train_examples: that many of the training examples instead of all.
+        label_noise: share of the training and validation labels replaced by another class.
+        seed: of the label noise.
+        image_size: side in pixels. Images of another size are streamed, and so are those that
+            differ in size, by default at 224.
+        memory_limit: in bytes; what needs more is streamed.
+        workers: of a stream, by default one for each CPU up to 16; 0 for none.
+
+    Raises:
+        DatasetError: if it is not on disk, not in array_record format, not an image
+            classification data set, or has fewer training examples.
+
+    References:
+        `tensorflow.org/datasets <https://www.tensorflow.org/datasets>`_. The statistics of
+        ImageNet are those of torchvision, and Imagenette is a part of it.
+    """
+    builder = open_builder(name, data_dir)
+    image_key, label_key = _keys(builder.info)
+    *size, channels = builder.info.features[image_key].shape
+    classes = builder.info.features[label_key].num_classes
+    train_source, test_source = _sources(builder, label_key)
+    rng = np.random.default_rng(seed)
+
+    def records(source: Any, indices: np.ndarray, noise: float) -> Records:
+        offsets = label_offsets(len(indices), noise, classes, rng)
+        return Records(source, image_key, label_key, channels, classes, indices, offsets)
+
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(train_source))
+    held_out = max(1, round(VALIDATION_SHARE * len(order)))
+    parts = [
+        records(train_source, first_examples(order[held_out:], train_examples), label_noise),
+        records(train_source, order[:held_out], label_noise),
+        records(test_source, np.arange(len(test_source)), 0),
+    ]
+    as_stored = None not in size and size == [image_size or length for length in size]
+    if as_stored and sum(map(len, parts)) * np.prod([*size, channels]) <= memory_limit:
+        shape = (size[0], size[1], channels)
+        train, validation, test = (_in_memory(part, shape) for part in parts)
+    else:
+        height, width = size if as_stored else 2 * [image_size or IMAGE_SIZE]
+        shape = (height, width, channels)
+        processes = min(16, os.cpu_count() or 1) if workers is None else workers
+        train, validation, test = (Stream(part, (height, width), processes) for part in parts)
+    mean, std = _statistics(builder.info.name, train)
+    return Dataset(train, validation, test, classes, shape, mean, std, name)
+
+
+def _keys(info: Any) -> tuple[str, str]:
+    """Of the image and of the label among the features."""
+    import tensorflow_datasets as tfds
+
+    supervised = info.supervised_keys or (None, None)
+
+    def key_of(kind: type, *preferred: Any) -> str:
+        keys = [key for key, feature in info.features.items() if isinstance(feature, kind)]
+        for key in preferred:
+            if key in keys:
+                return key
+        if len(keys) != 1:
+            raise DatasetError(
+                f"{info.full_name} is no image classification data set: it should have one "
+                f"{kind.__name__}, but has {keys} in {info.features}"
+            )
+        return keys[0]
+
+    image = key_of(tfds.features.Image, supervised[0], "image")
+    label = key_of(tfds.features.ClassLabel, supervised[1], "label")
+    shape, dtype = info.features[image].shape, info.features[image].np_dtype
+    if len(shape) != 3 or shape[-1] not in image_files.MODES or dtype != np.uint8:
+        raise DatasetError(
+            f"the images of {info.full_name} should be uint8 with "
+            f"{', '.join(map(str, image_files.MODES))} channels, but are {dtype} of shape {shape}"
+        )
+    return image, label
+
+
+def _sources(builder: Any, label_key: str) -> tuple[Any, Any]:
+    """TFDS's data sources of the training and the held-out split."""
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    images = [key for key in features if isinstance(features[key], tfds.features.Image)]
+    skip = {key: tfds.decode.SkipDecoding() for key in images}
+
+    def source(split: str) -> Any:
+        return builder.as_data_source(split, decoders=skip, file_format="array_record")
+
+    def first_label(split: str) -> int:
+        try:
+            return source(split)[0][label_key]
+        except Exception as error:
+            raise DatasetError(f"{builder.data_dir} cannot be read: {error}") from error
+
+    splits = builder.info.splits
+    if "train" in splits:
+        for name in ("test", "validation"):
+            # In ImageNet's test split the labels are -1.
+            if name in splits and first_label(name) >= 0:
+                return source("train"), source(name)
+    raise DatasetError(
+        f"{builder.info.full_name} should have the split train, and test or validation with "
+        f"labels, but has {', '.join(splits)}"
+    )
+
+
+def _in_memory(records: Records, shape: tuple[int, int, int]) -> Split:
+    images = np.empty((len(records), *shape), np.uint8)
+    labels = np.empty(len(records), np.int32)
+    for block in _blocks(len(records)):
+        files, labels[block] = zip(*records.read(block), strict=True)
+        for image, file in zip(images[block], files, strict=True):
+            image[:] = image_files.decode(file, records.channels)
+    return Split(images, labels)
+
+
+def _statistics(name: str, train: Split | Stream) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation: float32[channels] in the units of the images."""
+    if name in STATISTICS:
+        mean, std = (255 * np.asarray(values) for values in STATISTICS[name])
+    else:
+        count, total, squares = 0, np.zeros(1), np.zeros(1)
+        for images in _sample(train):
+            pixels = images.reshape(-1, images.shape[-1]).astype(np.float64)
+            count, total = count + len(pixels), total + pixels.sum(0)
+            squares = squares + np.square(pixels).sum(0)
+        mean = total / count
+        variance = squares / count - mean**2
+        std = np.sqrt(np.where(variance > 0, variance, 1))
+    return mean.astype(np.float32), std.astype(np.float32)
+
+
+def _sample(train: Split | Stream) -> Iterable[np.ndarray]:
+    """All images in blocks, or those of a stream that come first, one by one."""
+    if isinstance(train, Split):
+        return (train.images[block] for block in _blocks(len(train.images)))
+    records, size = train.records, train.image_size
+    return (
+        image_files.centre_crop(file, records.channels, size)
+        for file, _ in records.read(slice(0, _BLOCK))
+    )
+
+
+def _blocks(count: int) -> Iterator[slice]:
+    return (slice(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK))

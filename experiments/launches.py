@@ -1,0 +1,192 @@
+"""Steps on batches of a data set: held on the device, or streamed from the host.
+
+A run is a row of launches. `launch(state, start, stop)` makes the steps from `start` to `stop`
+(neither contains the other's epoch) and returns the new state and the loss of each step. What a
+step sees depends on its number and on the run's key alone, so that a run that begins in the middle
+sees what an uninterrupted one would have.
+"""
+
+import collections
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.data import Split, Stream
+from experiments.training import Step, TrainState, keys_of
+
+_LAUNCHES_AHEAD = 2
+
+Prepare = Callable[[jax.Array, Split], Split]
+
+
+class Launch(Protocol):
+    """Makes steps; donates the state."""
+
+    steps_at_once: int
+
+    def __call__(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, jax.Array]:
+        """From step `start` to step `stop`, at most `steps_at_once` later in the same epoch."""
+        ...
+
+
+class InMemory:
+    """Launches on a data set that is on the device; compiled once, when made.
+
+    An epoch has its own order of the examples; the incomplete last batch is dropped.
+
+    Args:
+        step: the training step.
+        prepare: normalises and augments a batch, with a key of the step's own.
+        state: gives shapes and types.
+        data: the training split, on the device.
+        batch_size: at most the number of examples.
+        steps_at_once: the longest launch. With one there is no loop in the program.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        prepare: Prepare,
+        state: TrainState,
+        data: Split,
+        batch_size: int,
+        steps_at_once: int,
+    ) -> None:
+        self.steps_at_once = steps_at_once
+        self._data = data
+        self._steps_per_epoch = steps_per_epoch = len(data.labels) // batch_size
+        self._epoch = -1
+
+        def order_of(state: TrainState, epoch: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(keys_of(state).order, epoch)
+            permutation = jax.random.permutation(key, len(data.labels))
+            return permutation[: steps_per_epoch * batch_size].reshape(steps_per_epoch, batch_size)
+
+        def one(state: TrainState, data: Split, order: jax.Array, number: jax.Array) -> tuple:
+            indices = order[number % steps_per_epoch]
+            batch = jax.tree.map(lambda x: x[indices], data)
+            return step(state, prepare(_augmentation_key(state), batch))
+
+        def single(state: TrainState, data: Split, order: jax.Array, start: Any, _: Any) -> tuple:
+            state, loss = one(state, data, order, start)
+            return state, loss[None]
+
+        # A loop of unknown length: launches of every length share one compiled program.
+        def several(
+            state: TrainState, data: Split, order: jax.Array, start: Any, stop: Any
+        ) -> tuple:
+            def body(number: jax.Array, carry: tuple) -> tuple:
+                state, losses = carry
+                state, loss = one(state, data, order, number)
+                return state, losses.at[number - start].set(loss)
+
+            losses = jnp.zeros(steps_at_once, jnp.float32)
+            return jax.lax.fori_loop(start, stop, body, (state, losses))
+
+        self._order_of = jax.jit(order_of)
+        self._order = self._order_of(state, jnp.int32(0))
+        launch = jax.jit(single if steps_at_once == 1 else several, donate_argnums=0)
+        number = jnp.int32(0)
+        self.compiled = launch.lower(state, data, self._order, number, number).compile()
+
+    def __call__(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, jax.Array]:
+        """See :class:`Launch`."""
+        epoch = start // self._steps_per_epoch
+        if epoch != self._epoch:
+            self._order, self._epoch = self._order_of(state, jnp.int32(epoch)), epoch
+        state, losses = self.compiled(
+            state, self._data, self._order, jnp.int32(start), jnp.int32(stop)
+        )
+        return state, losses[: stop - start]
+
+
+class Streamed:
+    """Launches of one step on batches that come from the host; compiled once, when made.
+
+    Args:
+        step: the training step.
+        prepare: normalises and augments a batch, with a key of the step's own.
+        state: gives shapes and types.
+        data: the training split.
+        image_shape: height, width, channels.
+        batch_size: at most the number of examples.
+        seed: of the examples' order and of the crops.
+        epochs: of the run.
+    """
+
+    steps_at_once = 1
+
+    def __init__(
+        self,
+        step: Step,
+        prepare: Prepare,
+        state: TrainState,
+        data: Stream,
+        image_shape: tuple[int, ...],
+        batch_size: int,
+        seed: int,
+        epochs: int,
+    ) -> None:
+        def single(state: TrainState, batch: Split) -> tuple:
+            state, loss = step(state, prepare(_augmentation_key(state), batch))
+            return state, loss[None]
+
+        def batches_from(first_step: int) -> Iterator[Split]:
+            return data.training_batches(batch_size, seed, first_step=first_step, epochs=epochs)
+
+        self._batches_from = batches_from
+        self._batches: Iterator[Split] | None = None
+        shapes = Split(
+            jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8),
+            jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+        )
+        self.compiled = jax.jit(single, donate_argnums=0).lower(state, shapes).compile()
+
+    def __call__(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, jax.Array]:
+        """See :class:`Launch`."""
+        if self._batches is None:
+            self._batches = self._batches_from(start)
+        return self.compiled(state, jax.device_put(next(self._batches)))
+
+
+def run(
+    launch: Launch,
+    state: TrainState,
+    start: int,
+    stop: int,
+    note: Callable[[list[float]], None],
+    interrupted: Callable[[], bool] = lambda: False,
+) -> tuple[TrainState, int]:
+    """Launches from `start` up to `stop`, in the same epoch; returns the state and its step.
+
+    Args:
+        launch: makes the steps.
+        state: at step `start`; donated.
+        start: a step.
+        stop: a later one.
+        note: is given the losses of each launch once they are there.
+        interrupted: asked before each launch, whether it is the last.
+    """
+    under_way: collections.deque[jax.Array] = collections.deque()
+
+    def note_next() -> None:
+        note(np.asarray(under_way.popleft()).tolist())
+
+    while start < stop and not interrupted():
+        end = min(stop, start + launch.steps_at_once)
+        state, losses = launch(state, start, end)
+        start = end
+        under_way.append(losses)
+        # The device never waits for the host, nor does a signal for many launches.
+        if len(under_way) > _LAUNCHES_AHEAD:
+            note_next()
+    while under_way:
+        note_next()
+    return state, start
+
+
+def _augmentation_key(state: TrainState) -> jax.Array:
+    return jax.random.fold_in(keys_of(state).augmentation, state.step)
