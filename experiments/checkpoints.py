@@ -11,6 +11,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 ACCURACY = "validation_accuracy"
+# Below every accuracy, so that it is the best only where nothing else is.
+UNKNOWN = -1.0
 
 
 class CheckpointError(Exception):
@@ -30,9 +32,7 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         # Among equals the later is the best: it is trained longer.
-        best = checkpoint_managers.BestN(
-            get_metric_fn=_accuracy, n=1, keep_checkpoints_without_metrics=False
-        )
+        best = checkpoint_managers.BestN(get_metric_fn=_accuracy, n=1)
         policy = checkpoint_managers.AnyPreservationPolicy(
             [checkpoint_managers.LatestN(keep), best]
         )
@@ -44,7 +44,7 @@ class Checkpoints:
         )
 
     def save(
-        self, step: int, state: Any, progress: dict[str, Any], accuracy: float | None = None
+        self, step: int, state: Any, progress: dict[str, Any], accuracy: float = UNKNOWN
     ) -> None:
         """Starts to write `state` and `progress`, which is JSON, unless `step` is there already.
 
@@ -52,7 +52,7 @@ class Checkpoints:
             step: the number of steps made.
             state: a tree of arrays, copied before this returns.
             progress: what the run knows beside its state.
-            accuracy: on the validation split, at the end of an epoch.
+            accuracy: on the validation split, at the end of an epoch; `UNKNOWN` within one.
         """
         if step in self.steps():
             return
@@ -63,7 +63,7 @@ class Checkpoints:
                 progress=ocp.args.JsonSave(progress),
                 fingerprints=ocp.args.JsonSave(_fingerprints(state)),
             ),
-            metrics=None if accuracy is None else {ACCURACY: accuracy},
+            metrics={ACCURACY: accuracy},
         )
 
     def steps(self) -> list[int]:
@@ -71,13 +71,9 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """The step of the highest accuracy; the last step if none has one, None if there is none.
-
-        Among equals the last.
-        """
+        """The step of the highest accuracy, among equals the last; None if there is no step."""
         self.wait()
-        best = self._manager.best_step()
-        return self._manager.latest_step() if best is None else best
+        return self._manager.best_step()
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """The state and the progress of `step`.
@@ -97,11 +93,11 @@ class Checkpoints:
         large = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         try:
             # One after the other: orbax complains at length where one of several reads fails.
-            progress, fingerprints = self._manager.restore(step, args=small).values()
+            known = self._manager.restore(step, args=small)
             state = self._manager.restore(step, args=large).state
             # The arrays' files have no checksum.
-            if _fingerprints(state) == fingerprints:
-                return state, progress
+            if _fingerprints(state) == known.fingerprints:
+                return state, known.progress
             reason = "the arrays are not those that were saved"
         # Whatever a file that is not what it was makes the readers raise.
         except Exception as error:

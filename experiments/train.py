@@ -26,7 +26,7 @@ import tqdm
 
 import bisam_jax
 from experiments import command_line, data, evaluation, launches, memory, runs
-from experiments.checkpoints import CheckpointError, Checkpoints
+from experiments.checkpoints import UNKNOWN, CheckpointError, Checkpoints
 from experiments.config import ArgumentError, Config
 from experiments.experiment import Experiment
 from experiments.interruption import Interruption
@@ -176,7 +176,7 @@ class _Run:
         )
         sys.stdout.flush()
 
-    def _save(self, accuracy: float | None = None) -> None:
+    def _save(self, accuracy: float = UNKNOWN) -> None:
         progress = {
             "metrics": self.folder.metrics,
             "losses": self.losses,

@@ -1,8 +1,6 @@
 """The data set that comes with scikit-learn: nothing to download."""
 
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from experiments.data.dataset import Dataset
 from experiments.data.splits import (
@@ -31,6 +29,9 @@ def digits(label_noise: float = 0.0, seed: int = 0, train_examples: int | None =
         Alpaydin and Kaynak, `Optical Recognition of Handwritten Digits
         <https://doi.org/10.24432/C50P49>`_, UCI Machine Learning Repository, 1998
     """
+    # Imported late, for it takes 1 s, of each worker of a stream too.
+    from sklearn.datasets import load_digits
+
     pixels, targets = load_digits(return_X_y=True)
     images = pixels.reshape(-1, 8, 8, 1).astype(np.uint8)
     labels = targets.astype(np.int32)
@@ -56,6 +57,8 @@ def digits(label_noise: float = 0.0, seed: int = 0, train_examples: int | None =
 def _stratified(
     indices: np.ndarray, labels: np.ndarray, held_out: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.model_selection import train_test_split
+
     kept, out = train_test_split(
         indices, test_size=held_out, stratify=labels[indices], random_state=SPLIT_SEED
     )

@@ -1,7 +1,7 @@
 """Any image classification data set of TFDS: in memory if it fits, else as streams."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -33,8 +33,6 @@ STATISTICS = {
 }
 
 _BLOCK = 1000
-
-SourceOf = Callable[[str], Any]
 
 
 def tfds_images(
@@ -110,7 +108,7 @@ def _keys(info: Any) -> tuple[str, str]:
     supervised = info.supervised_keys or (None, None)
 
     def key_of(kind: type, *preferred: Any) -> str:
-        keys = [key for key, feature in info.features.items() if isinstance(feature, kind)]
+        keys = sorted(key for key, value in info.features.items() if isinstance(value, kind))
         for key in preferred:
             if key in keys:
                 return key

@@ -49,6 +49,19 @@ def test_benchmark(tmp_path, capsys):
             assert family[name] == pytest.approx(gradients, rel=0.1), name
 
 
+def test_loop(tmp_path, capsys):
+    output = tmp_path / "loop.json"
+    args = ["--loop", "--network", "mlp", "--steps", "2", "--batch-size", "16"]
+    benchmark.main([*args, "--output", str(output)])
+    printed = capsys.readouterr().out
+    rows = json.loads(output.read_text())["results"]["mlp"]
+    assert [row["augmentation"] for row in rows] == ["none", "crop, flip, Cutout"]
+    for row in rows:
+        ratio = row["bare_milliseconds"] / row["loop_milliseconds"]
+        assert row["speed_of_the_loop"] == pytest.approx(ratio)
+        assert f"{100 * ratio:.1f} %" in printed
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
+from tensorboardX.proto import event_pb2
 
-from experiments import data, models, train, training
-from experiments.config import ArgumentError, Config
+from experiments import evaluate, train
+from experiments.config import Config
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--epochs", "2"]
@@ -57,12 +57,15 @@ def test_no_arguments(tmp_path):
     assert {path.name for path in folder.iterdir()} == {
         "config.json",
         "metrics.csv",
+        "tensorboard",
         "curves.png",
-        "checkpoint",
+        "checkpoints",
         "summary.json",
     }
     assert len(re.findall(r"^epoch +\d+  loss .* validation .* examples/s", out, re.M)) == 50
-    assert "epoch/s" in err
+    assert re.search(r"1950/1950 .*step/s", err)
+    assert re.search(r"^compiled in \d+\.\d s", out, re.M)
+    assert re.search(r"\d\.\d\d GiB at most\)", out)
 
 
 def test_mean_accuracy_over_five_seeds(tmp_path):
@@ -132,22 +135,70 @@ def test_options_and_run_folder(args, tmp_path, capsys):
     assert f"test accuracy {100 * summary['test_accuracy']:.2f} %" in out.splitlines()[-1]
 
 
-def test_checkpoint_holds_what_the_summary_reports(tmp_path, capsys):
+def test_evaluate_finds_what_the_summary_reports(tmp_path, capsys):
     folder = tmp_path / "run"
-    run(capsys, "--epochs", "4", "--output", folder)
+    run(capsys, "--epochs", "4", "--label-noise", "0.2", "--output", folder)
     summary = json.loads((folder / "summary.json").read_text())
-    apply, params, stats = models.create("mlp", (8, 8, 1), 10, seed=99)
-    with ocp.CheckpointManager(folder / "checkpoint") as manager:
-        assert manager.latest_step() == summary["checkpoint_epoch"]
-        like = {"params": params, "stats": stats}
-        saved = manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(like))
-    accuracy = training.make_accuracy(apply)
-    test, validation = (data.on_device(split) for split in data.digits()[2:0:-1])
-    assert accuracy(saved["params"], saved["stats"], test) == summary["test_accuracy"]
-    assert accuracy(saved["params"], saved["stats"], validation) == summary["validation_accuracy"]
     with (folder / "metrics.csv").open() as file:
-        accuracies = [float(row["validation_accuracy"]) for row in csv.DictReader(file)]
-    assert max(accuracies) == pytest.approx(summary["validation_accuracy"])
+        rows = list(csv.DictReader(file))
+    best = max(rows, key=lambda row: (float(row["validation_accuracy"]), int(row["epoch"])))
+    assert int(best["epoch"]) == summary["checkpoint_epoch"]
+    evaluate.main([str(folder)])
+    out = capsys.readouterr().out
+    assert out.startswith(f"checkpoint of step {best['step']}\n")
+    results = json.loads((folder / "evaluation.json").read_text())["accuracy_and_loss"]
+    assert results["test"]["accuracy"] == summary["test_accuracy"]
+    assert results["validation"]["accuracy"] == float(best["validation_accuracy"])
+    assert results["validation"]["loss"] == float(best["validation_loss"])
+    for name, examples in (("train", 1257), ("validation", 180), ("test", 360)):
+        row = results[name]
+        assert row["examples"] == examples
+        printed = f"accuracy {100 * row['accuracy']:6.2f} %  loss {row['loss']:.4f}"
+        assert printed in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["missing"], "missing cannot be read as a run"),
+        (["run", "--step", "7"], "--step must be one of the run's checkpoints (39), got 7"),
+        ([], "required"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(args, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(capsys, "--epochs", "1", "--output", "run")
+    with pytest.raises(SystemExit) as exit_:
+        evaluate.main(args)
+    err = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_event_files_hold_the_metrics(tmp_path, capsys):
+    folder = tmp_path / "run"
+    run(capsys, *SHORT, "--output", folder)
+    (events,) = (folder / "tensorboard").iterdir()
+    values = {}
+    for event in read_events(events):
+        for value in event.summary.value:
+            values[value.tag, event.step] = value.simple_value
+    with (folder / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(values) == len(rows) * 4
+    for row in rows:
+        for name in ("loss", "validation_accuracy", "validation_loss"):
+            assert values[name, int(row["step"])] == pytest.approx(float(row[name]))
+
+
+def read_events(path):
+    """The records of an event file: length, checksum, content, checksum."""
+    content = path.read_bytes()
+    while content:
+        length = int.from_bytes(content[:8], "little")
+        yield event_pb2.Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
 
 
 def test_same_seed_same_run(tmp_path, capsys):
@@ -182,6 +233,20 @@ def test_same_seed_same_run(tmp_path, capsys):
             ["--label-noise", "1.5"],
             "--label-noise must be finite, at least 0 and at most 1, got 1.5",
         ),
+        (["--dataset", "cifar10", "--data-dir", "."], "prepare it once with TFDS"),
+        (["--train-examples", "2000"], "must be at most"),
+        (["--model", "vgg19_bn"], "--model vgg19_bn: "),
+        (["--group-size", "3"], "--group-size must divide --batch-size, got 3 and 32"),
+        (["--group-size", "8", "--method", "sgd"], "--group-size has no meaning for --method sgd"),
+        (["--microbatch-size", "8", "--method", "sampa"], "cannot be used with --method sampa"),
+        (
+            ["--group-size", "8", "--microbatch-size", "4"],
+            "--microbatch-size must be a multiple of --group-size, got 4 and 8",
+        ),
+        (["--cutout", "2"], "--cutout must be finite, at least 0 and at most 1"),
+        (["--preset", "bisam-imagenet"], "invalid choice 'bisam-imagenet'"),
+        (["--precision", "float16"], "invalid choice 'float16'"),
+        (["--resume", "missing"], "missing is no run folder"),
         (["--batch-size", "1258"], "--batch-size must be at most the 1257 training examples"),
         (["--batch-size", "1"], "--batch-size must be finite, at least 2"),
         (["--learning-rate", "inf"], "--learning-rate must be finite"),
@@ -256,10 +321,23 @@ def test_interruption_leaves_a_readable_run(tmp_path):
     assert (folder / "curves.png").exists()
 
 
-def test_resolved_configuration():
-    resolved = Config(method="bisam-tanh", mu=3.0, output=Path("x")).resolved()
-    assert (resolved.rho, resolved.mu, resolved.alpha, resolved.eta) == (0.05, 3.0, 0.1, None)
-    plain = Config(method="sgd", rho=0.1, base="adamw", output=Path("x")).resolved()
-    assert (plain.rho, plain.momentum, plain.learning_rate) == (None, None, 2e-3)
-    with pytest.raises(ArgumentError, match="--epochs"):
-        Config(epochs=0)
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--group-size", "8"],
+        ["--microbatch-size", "16", "--method", "gsam"],
+        ["--group-size", "8", "--microbatch-size", "16", "--method", "asam"],
+        ["--precision", "bfloat16"],
+        ["--crop-padding", "1", "--flip", "--cutout", "0.5"],
+        ["--train-examples", "300"],
+        ["--model", "vit_tiny", "--epochs", "1", "--train-examples", "64"],
+    ],
+    ids=" ".join,
+)
+def test_ways_to_train(args, tmp_path, capsys):
+    status, _, err = run(capsys, *SHORT, *args, "--output", tmp_path / "run")
+    assert status == 0, err
+    with (tmp_path / "run" / "metrics.csv").open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file)]
+    assert losses[-1] <= losses[0]
+    assert losses[0] < 3.5

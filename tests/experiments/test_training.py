@@ -1,7 +1,5 @@
 """One step and one epoch, on fake data."""
 
-from typing import NamedTuple
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,7 +13,14 @@ SPLIT = data.Split(
     images=jax.random.uniform(jax.random.key(0), (40, 8, 8, 1)),
     labels=jnp.arange(40, dtype=jnp.int32) % 10,
 )
+KEY = jax.random.key(5)
 LOSS = training.cross_entropy(0.1)
+HYPERPARAMETERS = {
+    name: value
+    for table in (methods.DEFAULTS, methods.PERTURBATION_DEFAULTS)
+    for defaults in table.values()
+    for name, value in defaults.items()
+} | {"mu": 1.0, "rho": 0.05}
 OPTIMIZER = optax.sgd(0.1, momentum=0.9)
 
 
@@ -24,7 +29,7 @@ def setup(name, perturbation="ce", model="mlp"):
     apply, params, stats = models.create(model, (8, 8, 1), 10, seed=0)
     hyperparameters = methods.DEFAULTS[name] | methods.PERTURBATION_DEFAULTS[perturbation]
     method = methods.make(name, perturbation, OPTIMIZER, hyperparameters)
-    state = training.init_state(params, stats, method, SPLIT)
+    state = training.init_state(params, stats, method, SPLIT, KEY)
     return apply, training.make_step(apply, method, LOSS), state
 
 
@@ -80,35 +85,54 @@ def test_plain_training_takes_one_gradient():
     assert 1.8 < flops["bisam-log"] / flops["sgd"] < 2.05
 
 
-@pytest.mark.parametrize("number", [0, 3])
-def test_one_launch_an_epoch_equals_one_a_step(number):
-    _, step, state = setup("bisam-log")
-    results = []
-    for scan in (False, True):
-        start = jax.tree.map(jnp.copy, state)
-        epoch = training.make_epoch(step, start, SPLIT, jax.random.key(1), 16, scan=scan)
-        results.append(epoch(start, number))
-        assert results[-1][1].shape == (2,)
-    chex.assert_trees_all_close(*results, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("name", ["sgd", "bisam-log", "gsam", "friendly"])
+def test_microbatches_give_the_step_of_the_whole_batch(name):
+    apply, params, _ = models.create("vit_tiny", (8, 8, 1), 10, seed=0, depth=1)
+    method = methods.make(name, "log", OPTIMIZER, HYPERPARAMETERS)
+    state = training.init_state(params, {}, method, SPLIT, KEY)
+    parts = {"group_size": None, "microbatch_size": 10}
+    whole, loss = jax.jit(training.make_step(apply, method, LOSS))(state, SPLIT)
+    in_parts = jax.jit(training.make_step_in_parts(apply, method, LOSS, **parts))
+    accumulated, same_loss = in_parts(state, SPLIT)
+    chex.assert_trees_all_close(accumulated.params, whole.params, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(same_loss, loss, rtol=1e-5)
 
 
-class Counter(NamedTuple):
-    step: jax.Array
+def test_groups_are_perturbed_on_their_own():
+    """The mean of steps on each group alone, as the definition says."""
+    apply, params, stats = models.create("mlp", (8, 8, 1), 10, seed=0, width=16)
+    method = methods.make("bisam-log", "log", optax.sgd(1.0), HYPERPARAMETERS)
+    state = training.init_state(params, stats, method, SPLIT, KEY)
+    alone = jax.jit(training.make_step(apply, method, LOSS))
+    groups = [data.Split(SPLIT.images[i : i + 20], SPLIT.labels[i : i + 20]) for i in (0, 20)]
+    expected = [alone(state, group)[0] for group in groups]
+    step = training.make_step_in_parts(apply, method, LOSS, group_size=20, microbatch_size=None)
+    grouped, _ = jax.jit(step)(state, SPLIT)
+    for tree in ("params", "stats"):
+        mean = jax.tree.map(lambda a, b: (a + b) / 2, *(getattr(e, tree) for e in expected))
+        chex.assert_trees_all_close(getattr(grouped, tree), mean, rtol=1e-4, atol=1e-5)
 
 
-def test_an_epoch_sees_each_example_once_in_an_order_of_its_own():
-    def step(state, batch):
-        return Counter(state.step + 1), batch.labels
+@pytest.mark.parametrize("name", ["bisam-log", "gsam", "efficient", "tilted"])
+def test_dropout_takes_one_key_in_all_passes_of_a_step_and_another_in_the_next(name):
+    keys = []
+    apply, params, stats = models.create("mlp", (8, 8, 1), 10, seed=0, width=16)
 
-    split = data.Split(SPLIT.images, jnp.arange(40))
-    orders = []
-    for number in (0, 1, 0):
-        state = Counter(jnp.int32(0))
-        epoch = training.make_epoch(step, state, split, jax.random.key(1), 8, scan=True)
-        orders.append(np.asarray(epoch(state, number)[1]).ravel())
-    assert all(sorted(order) == list(range(40)) for order in orders)
-    assert (orders[0] == orders[2]).all()
-    assert (orders[0] != orders[1]).any()
+    def spy(params, stats, images, *, train, key=None):
+        keys.append(key)
+        return apply(params, stats, images, train=train)
+
+    method = methods.make(name, "log", OPTIMIZER, HYPERPARAMETERS)
+    state = training.init_state(params, stats, method, SPLIT, KEY)
+    step = training.make_step(spy, method, LOSS)
+    with jax.disable_jit(name != "tilted"):
+        state, _ = step(state, SPLIT)
+        first = {str(key) for key in keys}
+        keys.clear()
+        step(state, SPLIT)
+    assert len(first) == 1
+    assert len(keys) >= 2
+    assert {str(key) for key in keys} != first
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
@@ -118,12 +142,3 @@ def test_label_smoothing_spreads_over_the_other_classes(smoothing):
     expected = -(1 - smoothing) * log_p[1] - smoothing / 2 * (log_p[0] + log_p[2])
     loss = training.cross_entropy(smoothing)(logits, jnp.array([1]))
     np.testing.assert_allclose(loss, [expected], rtol=1e-6)
-
-
-def test_accuracy():
-    def apply(params, stats, images, *, train):
-        assert not train
-        return images, stats
-
-    split = data.Split(jnp.eye(4), jnp.array([0, 1, 0, 0]))
-    assert training.make_accuracy(apply)({}, {}, split) == 0.5

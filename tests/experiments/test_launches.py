@@ -1,0 +1,131 @@
+"""Rows of steps: order, chance, and beginning in the middle."""
+
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import data, launches, training
+
+SPLIT = data.Split(np.zeros((40, 2, 2, 1), np.uint8), np.arange(40, dtype=np.int32))
+
+
+class Seen(NamedTuple):
+    """Stands for a training state: counts steps, and sums what the step saw."""
+
+    step: Any
+    key: Any
+    params: Any
+
+
+def start(seed=0):
+    return Seen(jnp.int32(0), jax.random.key(seed), jnp.float32(0))
+
+
+def step(state, batch):
+    """The loss tells which examples came, in which order, with which key."""
+    loss = batch.labels.astype(jnp.float32) @ (1.0 + jnp.arange(len(batch.labels)))
+    loss += batch.images.astype(jnp.float32).sum()
+    return state._replace(step=state.step + 1, params=state.params * 0.5 + loss), loss
+
+
+def prepare(key, batch):
+    noise = jax.random.randint(key, batch.images.shape, 0, 256, jnp.uint8)
+    return batch._replace(images=noise)
+
+
+def in_memory(steps_at_once, state=None, step=step, batch_size=8):
+    return launches.InMemory(
+        step, prepare, state or start(), data.on_device(SPLIT), batch_size, steps_at_once
+    )
+
+
+def run(launch, state, start, stop):
+    losses = []
+    state, reached = launches.run(launch, state, start, stop, losses.extend)
+    assert reached == stop
+    return state, losses
+
+
+def epochs(launch, state, number=2, steps=5):
+    losses = []
+    for epoch in range(number):
+        state, new = run(launch, state, epoch * steps, (epoch + 1) * steps)
+        losses += new
+    return state, losses
+
+
+def test_the_length_of_launches_changes_nothing():
+    results = [epochs(in_memory(length), start()) for length in (1, 2, 5, 100)]
+    for result in results[1:]:
+        assert result[1] == results[0][1]
+        chex.assert_trees_all_equal(result[0], results[0][0])
+    assert len(set(results[0][1])) == 10
+
+
+@pytest.mark.parametrize("steps_at_once", [1, 3])
+def test_a_run_goes_on_from_any_step(steps_at_once):
+    state, losses = epochs(in_memory(steps_at_once), start())
+    for middle in (1, 4, 5, 7):
+        launch, resumed = in_memory(steps_at_once), start()
+        epoch_end = 5 if middle < 5 else 10
+        before = epochs(in_memory(steps_at_once), start(), middle // 5)[0]
+        before, _ = run(in_memory(steps_at_once), before, middle // 5 * 5, middle)
+        resumed, rest = run(launch, before, middle, epoch_end)
+        assert rest == losses[middle:epoch_end]
+        if epoch_end == 10:
+            chex.assert_trees_all_equal(resumed, state)
+
+
+def test_an_epoch_has_each_example_once_in_an_order_of_its_own():
+    def labels(state, batch):
+        return state._replace(step=state.step + 1), batch.labels[0].astype(jnp.float32)
+
+    orders = {}
+    for seed in (0, 1):
+        _, losses = epochs(in_memory(3, step=labels, batch_size=1), start(seed), 2, 40)
+        orders[seed, 0], orders[seed, 1] = losses[:40], losses[40:]
+    assert all(sorted(order) == list(range(40)) for order in orders.values())
+    assert len({tuple(order) for order in orders.values()}) == 4
+
+
+def test_the_incomplete_last_batch_is_dropped():
+    _, losses = epochs(in_memory(9, batch_size=16), start(), 1, 2)
+    assert len(losses) == 2
+
+
+def test_an_interruption_is_the_last_launch():
+    asked = []
+
+    def interrupted():
+        asked.append(None)
+        return len(asked) > 3
+
+    noted = []
+    state, reached = launches.run(in_memory(1), start(), 0, 5, noted.append, interrupted)
+    assert reached == state.step == 3
+    assert [len(losses) for losses in noted] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("steps_at_once", [1, 3])
+def test_one_compilation(steps_at_once):
+    traced = []
+
+    def counting(state, batch):
+        traced.append(None)
+        return step(state, batch)
+
+    launch = in_memory(steps_at_once, step=counting)
+    state, _ = epochs(launch, start())
+    run(launch, state, 10, 11)
+    assert len(traced) == 1
+
+
+def test_keys_are_independent_of_the_step():
+    keys = training.keys_of(start())
+    assert len({str(key) for key in keys}) == 3
+    later = training.keys_of(start()._replace(step=jnp.int32(7)))
+    assert list(map(str, later)) == list(map(str, keys))
