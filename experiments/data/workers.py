@@ -16,8 +16,8 @@ _items: Any = None
 def made_ahead(items: Any, workers: int) -> Iterator[Any]:
     """`items[0]`, `items[1]` and so on, in order, up to two for each worker ahead of the reader.
 
-    These are not grain's own workers: with 0.2.18 it took those 27 s to end before the last batch,
-    or shared memory, which they left behind and of which a container may have little.
+    Not grain's own workers, because those of 0.2.18 took 27 s to end when a stream was left early;
+    with shared memory 2 s, but left some of it behind, and a container may have little.
 
     Args:
         items: with `__len__` and `__getitem__`; pickled for the workers.

@@ -218,7 +218,10 @@ def test_the_held_out_split_is_one_with_labels(tmp_path):
     np.testing.assert_array_equal(
         data.load("like_imagenet", data_dir=tmp_path).test.labels, [1, 1, 1]
     )
-    del splits["validation"]
+    splits["test"] = [labelled] * 2
+    tiny_dataset.build(tmp_path, "both", features, splits)
+    assert len(data.load("both", data_dir=tmp_path).test.labels) == 2
+    splits = {"train": [labelled] * 10, "test": [unlabelled] * 2}
     tiny_dataset.build(tmp_path, "no_labels", features, splits)
     with pytest.raises(data.DatasetError, match="should have the split train, and test or valid"):
         data.load("no_labels", data_dir=tmp_path)
