@@ -62,9 +62,14 @@ def fail(message: str) -> NoReturn:
 
 
 def _one_line(box: str) -> str:
-    """The message in tyro's box, up to its first rule."""
+    """The message in tyro's box, up to its first rule.
+
+    Where the terminal has no such characters, a rule under the title stands for the box.
+    """
+    drawn = box.lstrip().startswith("╭")
     lines = [line.strip("│ \n") for line in box.splitlines()]
-    body = [line for line in lines if line and line[0] not in "╭╰"]
-    rule = next((i for i, line in enumerate(body) if set(line) == {"─"}), len(body))
-    message = re.sub(r"\s+([.,])", r"\1", " ".join(body[:rule]))
-    return re.sub(r"^Error parsing [A-Z]\w*: ", "", message)
+    lines = [line for line in lines if line and line[0] not in "╭╰"]
+    rules = [i for i, line in enumerate(lines) if set(line) <= set("─-")] + [len(lines)]
+    body = lines[: rules[0]] if drawn else lines[rules[0] + 1 : rules[min(1, len(rules) - 1)]]
+    message = re.sub(r"\s+([.,])", r"\1", " ".join(body))
+    return re.sub(r"^Error parsing [A-Z]\w*: ", "", message).split(" Got errors:")[0]

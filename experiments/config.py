@@ -154,8 +154,8 @@ class Config:
     """Of everything random but the split, which is always the same."""
     label_noise: float = 0.0
     """Share of the training and validation labels replaced by another class."""
-    workers: int = 2
-    """Processes that decode images, if streamed."""
+    workers: int | None = None
+    """Processes that decode images, if streamed (default: one a CPU, at most 16)."""
     checkpoint_every: int | None = None
     """Steps between checkpoints (default: an epoch; digits: ten). The best epoch is always kept."""
     keep_checkpoints: int = 2

@@ -215,8 +215,9 @@ def test_same_seed_same_run(tmp_path, capsys):
     [
         (["--method", "adam"], "invalid choice 'adam' for argument '--method'. Expected one of"),
         (["--epochs", "0"], "--epochs must be finite, at least 1, got 0"),
-        (["--epochs", "many"], "Error parsing --epochs: invalid literal"),
-        (["--nonsense"], "Unrecognized options: --nonsense"),
+        (["--seed", "many"], "error: Error parsing --seed: invalid literal for int()"),
+        (["--epochs", "many"], "error: Error parsing --epochs: no type matching {None}|INT"),
+        (["--nonsense"], "error: Unrecognized options: --nonsense"),
         (["--rho", "-0.1"], "--rho must be finite, at least 0, got -0.1"),
         (["--rho", "1e39"], "--rho must be finite, at least 0, got 1e+39"),
         (["--rho", "nan"], "--rho must be finite, at least 0, got nan"),
@@ -233,8 +234,7 @@ def test_same_seed_same_run(tmp_path, capsys):
             ["--label-noise", "1.5"],
             "--label-noise must be finite, at least 0 and at most 1, got 1.5",
         ),
-        (["--dataset", "cifar10", "--data-dir", "."], "prepare it once with TFDS"),
-        (["--train-examples", "2000"], "must be at most"),
+        (["--train-examples", "2000"], "train_examples must be at least 1 and at most 1257"),
         (["--model", "vgg19_bn"], "--model vgg19_bn: "),
         (["--group-size", "3"], "--group-size must divide --batch-size, got 3 and 32"),
         (["--group-size", "8", "--method", "sgd"], "--group-size has no meaning for --method sgd"),
@@ -262,6 +262,16 @@ def test_bad_input_is_one_line(args, message, capsys, tmp_path, monkeypatch):
     assert (status, out) == (2, "")
     assert err.count("\n") == 1
     assert message in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_missing_data_set_is_one_message_with_the_commands(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(capsys, "--dataset", "cifar10", "--data-dir", "data")
+    assert (status, out) == (2, "")
+    assert err.startswith("error: there is no cifar10 in data")
+    assert "pip install tensorflow" in err
+    assert "tfds.builder('cifar10', data_dir='data', file_format='array_record')" in err
     assert not list(tmp_path.iterdir())
 
 
@@ -328,7 +338,7 @@ def test_interruption_leaves_a_readable_run(tmp_path):
         ["--microbatch-size", "16", "--method", "gsam"],
         ["--group-size", "8", "--microbatch-size", "16", "--method", "asam"],
         ["--precision", "bfloat16"],
-        ["--crop-padding", "1", "--flip", "--cutout", "0.5"],
+        ["--crop-padding", "1", "--flip", "True", "--cutout", "0.5"],
         ["--train-examples", "300"],
         ["--model", "vit_tiny", "--epochs", "1", "--train-examples", "64"],
     ],
