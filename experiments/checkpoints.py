@@ -94,10 +94,10 @@ class Checkpoints:
         try:
             # One after the other: orbax complains at length where one of several reads fails.
             known = self._manager.restore(step, args=small)
-            state = self._manager.restore(step, args=large).state
+            state = self._manager.restore(step, args=large)["state"]
             # The arrays' files have no checksum.
-            if _fingerprints(state) == known.fingerprints:
-                return state, known.progress
+            if _fingerprints(state) == known["fingerprints"]:
+                return state, known["progress"]
             reason = "the arrays are not those that were saved"
         # Whatever a file that is not what it was makes the readers raise.
         except Exception as error:

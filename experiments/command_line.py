@@ -31,17 +31,15 @@ def parse(
         SystemExit: with status 0 after `--help`; with status 2, and one line on standard error,
             if the arguments do not parse or the configuration refuses them with a ValueError.
     """
-    args = sys.argv[1:] if args is None else args
+    rest: Sequence[str] = sys.argv[1:] if args is None else args
     default = None
     if presets is not None:
-        names = tuple(presets)
-        description += f"\n\n--preset NAME starts from a published recipe: {', '.join(names)}."
-        preset_type = dataclasses.make_dataclass(
-            "Preset", [("preset", Literal[names] | None, None)], frozen=True
-        )
-        chosen, args = _cli(preset_type, args, return_unknown_args=True, add_help=False)
+        description += f"\n\n--preset NAME starts from a published recipe: {', '.join(presets)}."
+        choices: Any = Literal[(None, *presets)]
+        preset_type = dataclasses.make_dataclass("Preset", [("preset", choices, None)])
+        chosen, rest = _cli(preset_type, rest, return_unknown_args=True, add_help=False)
         default = presets.get(chosen.preset)
-    return _cli(config_type, args, description=description, default=default)
+    return _cli(config_type, rest, description=description, default=default)
 
 
 def _cli(config_type: Any, args: Sequence[str], **options: Any) -> Any:

@@ -4,7 +4,6 @@ import csv
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,24 +14,11 @@ import pytest
 from experiments import runs, train
 from experiments.checkpoints import UNKNOWN, Checkpoints
 from experiments.experiment import Experiment
+from tests.experiments.script import start
 
-ROOT = Path(__file__).parents[2]
 # 1,884 steps, a save every 40: a run is in the middle of an epoch, and of a save, most of the time.
 LONG = ["--epochs", "6", "--batch-size", "4", "--learning-rate", "0.01", "--checkpoint-every", "40"]
 STEPS = 6 * 314
-
-
-def start(*args, cwd):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    environment.pop("XLA_FLAGS", None)
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments.train", *map(str, args)],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def saved_steps(folder):

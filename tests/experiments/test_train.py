@@ -2,13 +2,9 @@
 
 import csv
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,8 +12,8 @@ from tensorboardX.proto import event_pb2
 
 from experiments import evaluate, train
 from experiments.config import Config
+from tests.experiments.script import start
 
-ROOT = Path(__file__).parents[2]
 SHORT = ["--epochs", "2"]
 
 
@@ -30,19 +26,6 @@ def run(capsys, *args):
         status = exit_.code
     captured = capsys.readouterr()
     return status, captured.out, captured.err
-
-
-def start(*args, cwd):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    environment.pop("XLA_FLAGS", None)
-    return subprocess.Popen(
-        [sys.executable, "-m", "experiments.train", *map(str, args)],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def test_no_arguments(tmp_path):

@@ -1,0 +1,196 @@
+"""The course of one training run: steps, epochs, checkpoints, an end or an interruption."""
+
+import signal
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+import bisam_jax
+from experiments import evaluation, launches, memory, runs
+from experiments.checkpoints import UNKNOWN, Checkpoints
+from experiments.experiment import Experiment
+from experiments.interruption import Interruption
+
+
+class NonFiniteLossError(Exception):
+    """The loss became infinite or NaN."""
+
+
+class Run:
+    """One run: where it is, and what is written about it.
+
+    Args:
+        experiment: what it computes with.
+        folder: where it writes; if there are checkpoints, it goes on from the last one.
+
+    Raises:
+        CheckpointError: if that cannot be read.
+    """
+
+    def __init__(self, experiment: Experiment, folder: runs.RunFolder) -> None:
+        self.experiment, self.folder = experiment, folder
+        self.config, self.state = experiment.config, experiment.state
+        self.checkpoints = Checkpoints(folder.checkpoints, self.config.keep_checkpoints)
+        self.started = time.perf_counter()
+        self.seconds_before = self.seconds_in_epoch = 0.0
+        self.step = 0
+        self.losses: list[float] = []  # of the steps of the epoch under way
+        rows = []
+        if saved := self.checkpoints.steps():
+            self.step = saved[-1]
+            self.state, progress = self.checkpoints.restore(self.step, self.state)
+            rows, self.losses = progress["metrics"], progress["losses"]
+            self.seconds_in_epoch = progress["seconds_in_epoch"]
+            self.seconds_before = progress["seconds"]
+            print(f"going on from step {self.step}")
+        folder.start_metrics(rows)
+        self.compile_seconds = 0.0
+        self.write_summary("started")
+
+    def train(self, interruption: Interruption) -> None:
+        """All steps that are left, or those before an interruption."""
+        if self.step == self.experiment.total_steps:
+            return
+        compiling = time.perf_counter()
+        launch = self.experiment.compile()
+        self.compile_seconds = time.perf_counter() - compiling
+        print(
+            f"compiled in {self.compile_seconds:.1f} s, writing to {self.folder.path}", flush=True
+        )
+        steps, every = self.experiment.steps_per_epoch, self.config.checkpoint_every or 0
+        with tqdm.tqdm(
+            total=self.experiment.total_steps, initial=self.step, unit="step", file=sys.stderr
+        ) as bar:
+            while self.step < self.experiment.total_steps and not interruption.signal:
+                epoch_end = (self.step // steps + 1) * steps
+                checkpoint = (self.step // every + 1) * every
+                begun = time.perf_counter()
+                self.state, self.step = launches.run(
+                    launch,
+                    self.state,
+                    self.step,
+                    min(epoch_end, checkpoint),
+                    lambda losses: self._note(losses, bar),
+                    lambda: interruption.signal is not None,
+                )
+                self.seconds_in_epoch += time.perf_counter() - begun
+                if self.step == epoch_end:
+                    self._end_epoch()
+                elif self.step == checkpoint:
+                    self._save()
+        if interruption.signal:
+            self._save()
+
+    def _note(self, losses: list[float], bar: tqdm.tqdm) -> None:
+        self.losses += losses
+        bar.update(len(losses))
+        if not np.isfinite(losses).all():
+            first = int(np.flatnonzero(~np.isfinite(self.losses))[0])
+            self._stop_at(len(self.folder.metrics) * self.experiment.steps_per_epoch + first)
+
+    def _stop_at(self, step: int) -> None:
+        raise NonFiniteLossError(
+            f"stopped: the loss is not finite at step {step} (epoch "
+            f"{len(self.folder.metrics) + 1}); a smaller --learning-rate or --rho may help"
+        )
+
+    def _end_epoch(self) -> None:
+        experiment = self.experiment
+        accuracy, loss = experiment.evaluate(
+            self.state.params, self.state.stats, experiment.dataset.validation
+        )
+        # It tells of the parameters after the epoch's last step.
+        if not np.isfinite(accuracy):
+            self._stop_at(self.step)
+        examples = experiment.steps_per_epoch * experiment.batch_size
+        row = {
+            "epoch": len(self.folder.metrics) + 1,
+            "step": self.step,
+            "loss": float(np.mean(self.losses)),
+            "validation_accuracy": accuracy,
+            "validation_loss": loss,
+            "examples_per_second": examples / self.seconds_in_epoch,
+        }
+        self.losses, self.seconds_in_epoch = [], 0.0
+        self.folder.append_metrics(row)
+        is_best = self._best_row() is row
+        last = self.step == experiment.total_steps
+        if is_best or last or self.step % (self.config.checkpoint_every or 1) == 0:
+            self._save(accuracy)
+        tqdm.tqdm.write(
+            f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  validation {100 * accuracy:6.2f} %  "
+            f"{row['examples_per_second']:,.0f} examples/s",
+            file=sys.stdout,
+        )
+        sys.stdout.flush()
+
+    def _save(self, accuracy: float = UNKNOWN) -> None:
+        # Copies: they are written while the run goes on.
+        progress = {
+            "metrics": list(self.folder.metrics),
+            "losses": list(self.losses),
+            "seconds_in_epoch": self.seconds_in_epoch,
+            "seconds": self._seconds(),
+        }
+        self.checkpoints.save(self.step, self.state, progress, accuracy)
+
+    def _best_row(self) -> dict[str, Any] | None:
+        """The epoch of the highest validation accuracy; among equals the last."""
+        rows = self.folder.metrics
+        return max(rows, key=lambda row: (row["validation_accuracy"], row["epoch"]), default=None)
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def finish(self, interruption: Interruption) -> dict[str, Any]:
+        """Tests the best checkpoint; writes curves and summary."""
+        self.checkpoints.wait()
+        if interruption.signal and self.step < self.experiment.total_steps:
+            self.folder.draw_curves()
+            # After a SIGTERM there may be little time.
+            terminated = interruption.signal == signal.SIGTERM
+            summary = self.write_summary("interrupted", None if terminated else self._test())
+            if not terminated:
+                raise KeyboardInterrupt
+            return summary
+        self.folder.draw_curves()
+        return self.write_summary("finished", self._test())
+
+    def _test(self) -> float | None:
+        best = self._best_row()
+        if best is None:
+            return None
+        state, _ = self.checkpoints.restore(best["step"], self.state)
+        return self.experiment.evaluate(
+            state.params, state.stats, self.experiment.dataset.test
+        ).accuracy
+
+    def write_summary(self, status: str, test_accuracy: float | None = None) -> dict[str, Any]:
+        """Writes summary.json with what is known now."""
+        best = self._best_row()
+        summary = {
+            "status": status,
+            "epochs_completed": len(self.folder.metrics),
+            "epochs": self.config.epochs,
+            "steps": self.step,
+            "checkpoint_epoch": best and best["epoch"],
+            "validation_accuracy": best and best["validation_accuracy"],
+            "test_accuracy": test_accuracy,
+            "test_examples": evaluation.num_examples(self.experiment.dataset.test),
+            "seconds": round(self._seconds(), 2),
+            "compile_seconds": round(self.compile_seconds, 2),
+            "peak_memory_bytes": memory.peak_bytes(),
+            "device": jax.devices()[0].device_kind,
+            "versions": {"bisam_jax": bisam_jax.__version__, "jax": jax.__version__},
+        }
+        self.folder.write_json("summary.json", summary)
+        return summary
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self.checkpoints.close()
+        self.folder.close()
