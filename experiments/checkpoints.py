@@ -5,10 +5,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
+
+# Orbax warns of what is meant so: reading alone, say.
+absl.logging.set_verbosity(absl.logging.ERROR)
 
 ACCURACY = "validation_accuracy"
 # Below every accuracy, so that it is the best only where nothing else is.
@@ -26,20 +30,25 @@ class Checkpoints:
 
     Args:
         folder: made if it does not exist; what an interrupted write left in it is removed.
-        keep: how many of the last ones to keep, beside the best.
+        keep: how many of the last ones to keep, beside the best; None to read alone, and leave
+            everything as it is.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int | None) -> None:
         self.folder = folder
         # Among equals the later is the best: it is trained longer.
         best = checkpoint_managers.BestN(get_metric_fn=_accuracy, n=1)
         policy = checkpoint_managers.AnyPreservationPolicy(
             [checkpoint_managers.LatestN(keep), best]
         )
+        reads_alone = keep is None
         self._manager = ocp.CheckpointManager(
             folder.resolve(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, best_fn=_accuracy, cleanup_tmp_directories=True
+                preservation_policy=policy,
+                best_fn=_accuracy,
+                cleanup_tmp_directories=not reads_alone,
+                read_only=reads_alone,
             ),
         )
 
@@ -136,9 +145,11 @@ def _sums_of_bits(leaves: list[jax.Array]) -> list[jax.Array]:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         if jnp.issubdtype(leaf.dtype, jnp.floating):
-            bits = jnp.finfo(leaf.dtype).bits
-            leaf = jax.lax.bitcast_convert_type(leaf, f"uint{bits}")
-        return leaf.astype(jnp.uint32).sum(dtype=jnp.uint32)
+            leaf = jax.lax.bitcast_convert_type(leaf, f"uint{jnp.finfo(leaf.dtype).bits}")
+        bits = leaf.astype(jnp.uint32).ravel()
+        # Odd weights, so that each bit counts, and values that change places do.
+        weights = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+        return (bits * weights).sum(dtype=jnp.uint32)
 
     return [sum_of_bits(leaf) for leaf in leaves]
 

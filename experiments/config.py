@@ -201,8 +201,14 @@ class Config:
         values = {name: value_of(name, default) for name, default in values.items()}
         if values["update_every"] is not None:
             values["update_every"] = self.update_every  # by default, an epoch
-        output = self.output or runs.new_folder(f"{_base_name(self.dataset)}-{self.method}")
-        config = dataclasses.replace(self, **values, perturbation=perturbation, output=output)
+        name = f"{_base_name(self.dataset)}-{self.method}-seed{self.seed}"
+        config = dataclasses.replace(
+            self,
+            **values,
+            perturbation=perturbation,
+            output=self.output or runs.new_folder(name),
+            data_dir=self.data_dir and self.data_dir.resolve(),
+        )
         config._check_sizes()
         return config
 

@@ -6,6 +6,7 @@ prints accuracy and loss of the best checkpoint, and writes them to evaluation.j
 folder. What else there is to measure of trained parameters belongs into `MEASURES`.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -61,21 +62,17 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
     """
     config = train.load_config(arguments.run)
     config = dataclasses.replace(config, data_dir=arguments.data_dir or config.data_dir)
-    folder, _ = runs.RunFolder.reopen(arguments.run)
+    folder = runs.RunFolder(arguments.run)
     if not folder.checkpoints.is_dir():
         raise ArgumentError(f"{arguments.run} has no checkpoints: it was stopped before the first")
-    checkpoints = Checkpoints(folder.checkpoints, config.keep_checkpoints)
-    try:
+    experiment = Experiment(config)
+    # To read alone: the run may still be going on.
+    with contextlib.closing(Checkpoints(folder.checkpoints, keep=None)) as checkpoints:
         step = arguments.step if arguments.step is not None else checkpoints.best_step()
-        if step not in checkpoints.steps():
+        if step is None or step not in checkpoints.steps():
             there = ", ".join(map(str, checkpoints.steps())) or "none"
-            raise ArgumentError(
-                f"--step must be one of the run's checkpoints ({there}), got {step}"
-            )
-        experiment = Experiment(config)
+            raise ArgumentError(f"--step must be a checkpoint of the run ({there}), got {step}")
         state, _ = checkpoints.restore(step, experiment.state)
-    finally:
-        checkpoints.close()
     results: dict[str, Any] = {"step": step}
     results |= {name: measure(experiment, state) for name, measure in MEASURES.items()}
     folder.write_json("evaluation.json", results)

@@ -10,9 +10,6 @@ import optax
 
 from experiments.data import Split, Stream
 
-# One program for splits of every length, that neither fills the memory nor waits for launches.
-BATCH_SIZE = 500
-
 
 class Evaluation(NamedTuple):
     """Means over a split's examples.
@@ -27,13 +24,16 @@ class Evaluation(NamedTuple):
 
 
 def make_evaluate(
-    apply: Callable[..., tuple[jax.Array, Any]], normalise: Callable[[jax.Array], jax.Array]
+    apply: Callable[..., tuple[jax.Array, Any]],
+    normalise: Callable[[jax.Array], jax.Array],
+    batch_size: int,
 ) -> Callable[[Any, Any, Split | Stream], Evaluation]:
     """`evaluate(params, stats, split)` with the running statistics and without dropout.
 
     Args:
         apply: the model.
         normalise: from stored images to the model's.
+        batch_size: examples that are in memory at once; the results do not depend on it.
     """
 
     @jax.jit
@@ -46,7 +46,7 @@ def make_evaluate(
         return jnp.where(counted, jnp.stack([right, losses]), 0).sum(-1)
 
     def evaluate(params: Any, stats: Any, split: Split | Stream) -> Evaluation:
-        totals = [sums(params, stats, *batch) for batch in _batches(split)]
+        totals = [sums(params, stats, *batch) for batch in _batches(split, batch_size)]
         sum_ = np.sum([np.asarray(total, np.float64) for total in totals], axis=0)
         accuracy, loss = sum_ / num_examples(split)
         return Evaluation(float(accuracy), float(loss))
@@ -59,16 +59,16 @@ def num_examples(split: Split | Stream) -> int:
     return len(split) if isinstance(split, Stream) else len(split.labels)
 
 
-def _batches(split: Split | Stream) -> Iterator[tuple[Any, Any, np.ndarray]]:
+def _batches(split: Split | Stream, size: int) -> Iterator[tuple[Any, Any, np.ndarray]]:
     """Images, labels and which of them count: all batches of a split have one size."""
     if isinstance(split, Stream):
-        for images, labels in split.batches(BATCH_SIZE):
-            missing = BATCH_SIZE - len(labels)
+        for images, labels in split.batches(size):
+            missing = size - len(labels)
             padded = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
-            yield padded, np.pad(labels, (0, missing)), np.arange(BATCH_SIZE) < len(labels)
+            yield padded, np.pad(labels, (0, missing)), np.arange(size) < len(labels)
         return
     examples = len(split.labels)
-    size = min(BATCH_SIZE, examples)
+    size = min(size, examples)
     for first in range(0, examples, size):
         start = min(first, examples - size)
         yield (

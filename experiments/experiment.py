@@ -12,7 +12,9 @@ from experiments import augmentation, data, evaluation, launches, methods, model
 from experiments.config import ArgumentError, Config
 
 CUTOUT_LENGTH = 16
-STEPS_AT_ONCE = 100
+# Enough for the host never to be waited for, and few enough for a signal not to wait long.
+STEPS_AT_ONCE = 20
+EVALUATION_BATCH_SIZE = 500
 
 
 class Experiment:
@@ -59,27 +61,24 @@ class Experiment:
             validation=_on_device(dataset.validation),
             test=_on_device(dataset.test),
         )
-        assert config.model is not None
-        try:
-            self._apply, params, stats = models.create(
-                config.model,
-                dataset.image_shape,
-                dataset.classes,
-                config.seed,
-                dtype=jnp.dtype(config.precision),
-            )
-        except ValueError as error:
-            raise ArgumentError(f"--model {config.model}: {error}") from error
-        self._method = _method(self.config, self.total_steps)
+        # Keys of their own, so that nothing drawn for one purpose is drawn for another.
+        init_key, method_key, key = jax.random.split(jax.random.key(config.seed), 3)
+        init, self._apply = _model(config, dataset)
+        params, stats = init(init_key)
+        self._method = _method(self.config, self.total_steps, method_key)
         self._prepare = _prepare(self.config, self.dataset)
-        key = jax.random.key(config.seed)
         stored = data.Split(
             jax.ShapeDtypeStruct((self.batch_size, *dataset.image_shape), jnp.uint8),
             jax.ShapeDtypeStruct((self.batch_size,), jnp.int32),
         )
         example_batch = jax.eval_shape(self._prepare, key, stored)
         self.state = training.init_state(params, stats, self._method, example_batch, key)
-        self.evaluate = evaluation.make_evaluate(self._apply, _normalise(self.dataset))
+        streamed = isinstance(dataset.train, data.Stream)
+        self.evaluate = evaluation.make_evaluate(
+            self._apply,
+            _normalise(self.dataset),
+            config.microbatch_size or (self.batch_size if streamed else EVALUATION_BATCH_SIZE),
+        )
 
     @property
     def total_steps(self) -> int:
@@ -125,7 +124,16 @@ class Experiment:
         return models.ARCHITECTURES[self.config.model or ""].convolutional
 
 
-def _method(config: Config, total_steps: int) -> methods.Method:
+def _model(config: Config, dataset: data.Dataset) -> tuple[models.Init, models.Apply]:
+    assert config.model is not None
+    shape, dtype = dataset.image_shape, jnp.dtype(config.precision)
+    try:
+        return models.build(config.model, shape, dataset.classes, dtype=dtype)
+    except ValueError as error:
+        raise ArgumentError(f"--model {config.model}: {error}") from error
+
+
+def _method(config: Config, total_steps: int, key: jax.Array) -> methods.Method:
     assert config.perturbation is not None
     assert config.learning_rate is not None
     assert config.weight_decay is not None
@@ -137,7 +145,8 @@ def _method(config: Config, total_steps: int) -> methods.Method:
             optax.add_decayed_weights(config.weight_decay),
             optax.sgd(schedule, momentum=config.momentum),
         )
-    return methods.make(config.method, config.perturbation, optimizer, dataclasses.asdict(config))
+    values = dataclasses.asdict(config)
+    return methods.make(config.method, config.perturbation, optimizer, values, key)
 
 
 def _on_device(split: Any) -> Any:

@@ -1,7 +1,8 @@
 """Ctrl-C and termination at a place where nothing is half done."""
 
+import contextlib
+import os
 import signal
-import sys
 import threading
 from typing import Any
 
@@ -34,7 +35,9 @@ class Interruption:
     def _note(self, number: int, frame: object) -> None:
         self.signal = signal.Signals(number)
         self._restore()
-        print("\ninterrupted: saving; once more to stop at once", file=sys.stderr)
+        # Not print: it could be in the middle of another write, and who reads may be gone.
+        with contextlib.suppress(OSError):
+            os.write(2, b"\ninterrupted: saving; once more to stop at once\n")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -1,9 +1,8 @@
 """Steps on batches of a data set: held on the device, or streamed from the host.
 
-A run is a row of launches. `launch(state, start, stop)` makes the steps from `start` to `stop`
-(neither contains the other's epoch) and returns the new state and the loss of each step. What a
-step sees depends on its number and on the run's key alone, so that a run that begins in the middle
-sees what an uninterrupted one would have.
+A run is a row of launches, each of a few steps of one epoch. What a step sees depends on its number
+and on the run's key alone, so that a run that begins in the middle sees what an uninterrupted one
+would have.
 """
 
 import collections
@@ -28,7 +27,10 @@ class Launch(Protocol):
     steps_at_once: int
 
     def __call__(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, jax.Array]:
-        """From step `start` to step `stop`, at most `steps_at_once` later in the same epoch."""
+        """From step `start` to step `stop`, at most `steps_at_once` later in the same epoch.
+
+        The losses are float32[steps_at_once], the first `stop - start` of them set.
+        """
         ...
 
 
@@ -100,7 +102,7 @@ class InMemory:
         state, losses = self.compiled(
             state, self._data, self._order, jnp.int32(start), jnp.int32(stop)
         )
-        return state, losses[: stop - start]
+        return state, losses
 
 
 class Streamed:
@@ -170,16 +172,17 @@ def run(
         note: is given the losses of each launch once they are there.
         interrupted: asked before each launch, whether it is the last.
     """
-    under_way: collections.deque[jax.Array] = collections.deque()
+    under_way: collections.deque[tuple[jax.Array, int]] = collections.deque()
 
     def note_next() -> None:
-        note(np.asarray(under_way.popleft()).tolist())
+        losses, steps = under_way.popleft()
+        note(np.asarray(losses)[:steps].tolist())
 
     while start < stop and not interrupted():
         end = min(stop, start + launch.steps_at_once)
         state, losses = launch(state, start, end)
+        under_way.append((losses, end - start))
         start = end
-        under_way.append(losses)
         # The device never waits for the host, nor does a signal for many launches.
         if len(under_way) > _LAUNCHES_AHEAD:
             note_next()

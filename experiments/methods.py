@@ -70,6 +70,7 @@ def make(
     perturbation: str,
     optimizer: optax.GradientTransformation,
     hyperparameters: dict[str, Any],
+    key: jax.Array | int = 0,
 ) -> Method:
     """The method `name`, ascending `perturbation`, before the base `optimizer`.
 
@@ -78,6 +79,7 @@ def make(
         perturbation: one of `PERTURBATION_DEFAULTS`.
         optimizer: the base optimizer.
         hyperparameters: values for the names in both, possibly traced.
+        key: for the methods that draw at random.
     """
     loss = _perturbation_loss(perturbation, hyperparameters)
     h = hyperparameters
@@ -95,7 +97,7 @@ def make(
             transformation = bisam_jax.bilateral_sam(h["rho"], h["rho_min"])
         case "tilted":
             transformation = bisam_jax.tilted_sam(
-                h["rho"], h["tilt"], h["num_samples"], h["noise_radius"], h["noise_scale"]
+                h["rho"], h["tilt"], h["num_samples"], h["noise_radius"], h["noise_scale"], key
             )
         case "sparse-fisher":
             transformation = bisam_jax.sparse_sam_fisher(h["rho"], h["sparsity"], h["update_every"])
@@ -104,7 +106,7 @@ def make(
                 h["rho"], h["sparsity"], h["drop_rate"], h["update_every"]
             )
         case "efficient":
-            transformation = bisam_jax.efficient_sam(h["rho"], h["beta"], h["gamma"])
+            transformation = bisam_jax.efficient_sam(h["rho"], h["beta"], h["gamma"], key)
         case "friendly":
             transformation = bisam_jax.friendly_sam(h["rho"], h["sigma"], h["decay"])
         case "sampa":

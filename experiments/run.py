@@ -1,5 +1,7 @@
 """The course of one training run: steps, epochs, checkpoints, an end or an interruption."""
 
+import contextlib
+import dataclasses
 import signal
 import sys
 import time
@@ -11,7 +13,7 @@ import tqdm
 
 import bisam_jax
 from experiments import evaluation, launches, memory, runs
-from experiments.checkpoints import UNKNOWN, Checkpoints
+from experiments.checkpoints import UNKNOWN, CheckpointError, Checkpoints
 from experiments.experiment import Experiment
 from experiments.interruption import Interruption
 
@@ -28,7 +30,7 @@ class Run:
         folder: where it writes; if there are checkpoints, it goes on from the last one.
 
     Raises:
-        CheckpointError: if that cannot be read.
+        CheckpointError: if that cannot be read, or is of a run with another configuration.
     """
 
     def __init__(self, experiment: Experiment, folder: runs.RunFolder) -> None:
@@ -39,17 +41,36 @@ class Run:
         self.seconds_before = self.seconds_in_epoch = 0.0
         self.step = 0
         self.losses: list[float] = []  # of the steps of the epoch under way
-        rows = []
-        if saved := self.checkpoints.steps():
-            self.step = saved[-1]
-            self.state, progress = self.checkpoints.restore(self.step, self.state)
-            rows, self.losses = progress["metrics"], progress["losses"]
-            self.seconds_in_epoch = progress["seconds_in_epoch"]
-            self.seconds_before = progress["seconds"]
-            print(f"going on from step {self.step}")
-        folder.start_metrics(rows)
         self.compile_seconds = 0.0
+        rows = self._restore(saved[-1]) if (saved := self.checkpoints.steps()) else []
+        folder.start_metrics(rows)
+        # The epoch of the best checkpoint there is; its row in the metrics.
+        best_step = self.checkpoints.best_step()
+        self.best = next((row for row in rows if row["step"] == best_step), None)
         self.write_summary("started")
+
+    def _restore(self, step: int) -> list[dict[str, Any]]:
+        """Goes to the checkpoint of `step`; returns its metrics."""
+        self.state, progress = self.checkpoints.restore(step, self.state)
+        there, here = progress["identity"], self._identity()
+        for name, value in here.items():
+            if there.get(name) != value:
+                raise CheckpointError(
+                    f"the checkpoint {self.folder.checkpoints / str(step)} is of another run: its "
+                    f"{name} is {there.get(name)}, not {value}"
+                )
+        self.step, self.losses = step, progress["losses"]
+        self.seconds_in_epoch = progress["seconds_in_epoch"]
+        self.seconds_before = progress["seconds"]
+        print(f"going on from step {step}")
+        return progress["metrics"]
+
+    def _identity(self) -> dict[str, Any]:
+        """What a run that goes on must not have changed."""
+        values = dataclasses.asdict(self.config)
+        for name in ("output", "data_dir", "workers", "checkpoint_every", "keep_checkpoints"):
+            del values[name]
+        return values | {"steps_per_epoch": self.experiment.steps_per_epoch}
 
     def train(self, interruption: Interruption) -> None:
         """All steps that are left, or those before an interruption."""
@@ -82,12 +103,14 @@ class Run:
                     self._end_epoch()
                 elif self.step == checkpoint:
                     self._save()
-        if interruption.signal:
-            self._save()
+            if interruption.signal:
+                self._save()
 
     def _note(self, losses: list[float], bar: tqdm.tqdm) -> None:
         self.losses += losses
-        bar.update(len(losses))
+        # Whoever looked may be gone: no reason to lose the run.
+        with contextlib.suppress(OSError):
+            bar.update(len(losses))
         if not np.isfinite(losses).all():
             first = int(np.flatnonzero(~np.isfinite(self.losses))[0])
             self._stop_at(len(self.folder.metrics) * self.experiment.steps_per_epoch + first)
@@ -117,31 +140,32 @@ class Run:
         }
         self.losses, self.seconds_in_epoch = [], 0.0
         self.folder.append_metrics(row)
-        is_best = self._best_row() is row
+        # Among equals the later: it is trained longer.
+        is_best = self.best is None or accuracy >= self.best["validation_accuracy"]
         last = self.step == experiment.total_steps
         if is_best or last or self.step % (self.config.checkpoint_every or 1) == 0:
             self._save(accuracy)
-        tqdm.tqdm.write(
-            f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  validation {100 * accuracy:6.2f} %  "
-            f"{row['examples_per_second']:,.0f} examples/s",
-            file=sys.stdout,
-        )
-        sys.stdout.flush()
+        if is_best:
+            self.best = row
+        with contextlib.suppress(OSError):
+            tqdm.tqdm.write(
+                f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  "
+                f"validation {100 * accuracy:6.2f} %  "
+                f"{row['examples_per_second']:,.0f} examples/s",
+                file=sys.stdout,
+            )
+            sys.stdout.flush()
 
     def _save(self, accuracy: float = UNKNOWN) -> None:
         # Copies: they are written while the run goes on.
         progress = {
+            "identity": self._identity(),
             "metrics": list(self.folder.metrics),
             "losses": list(self.losses),
             "seconds_in_epoch": self.seconds_in_epoch,
             "seconds": self._seconds(),
         }
         self.checkpoints.save(self.step, self.state, progress, accuracy)
-
-    def _best_row(self) -> dict[str, Any] | None:
-        """The epoch of the highest validation accuracy; among equals the last."""
-        rows = self.folder.metrics
-        return max(rows, key=lambda row: (row["validation_accuracy"], row["epoch"]), default=None)
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.started
@@ -161,24 +185,22 @@ class Run:
         return self.write_summary("finished", self._test())
 
     def _test(self) -> float | None:
-        best = self._best_row()
-        if best is None:
+        if self.best is None:
             return None
-        state, _ = self.checkpoints.restore(best["step"], self.state)
+        state, _ = self.checkpoints.restore(self.best["step"], self.state)
         return self.experiment.evaluate(
             state.params, state.stats, self.experiment.dataset.test
         ).accuracy
 
     def write_summary(self, status: str, test_accuracy: float | None = None) -> dict[str, Any]:
         """Writes summary.json with what is known now."""
-        best = self._best_row()
         summary = {
             "status": status,
             "epochs_completed": len(self.folder.metrics),
             "epochs": self.config.epochs,
             "steps": self.step,
-            "checkpoint_epoch": best and best["epoch"],
-            "validation_accuracy": best and best["validation_accuracy"],
+            "checkpoint_epoch": self.best and self.best["epoch"],
+            "validation_accuracy": self.best and self.best["validation_accuracy"],
             "test_accuracy": test_accuracy,
             "test_examples": evaluation.num_examples(self.experiment.dataset.test),
             "seconds": round(self._seconds(), 2),
@@ -191,6 +213,5 @@ class Run:
         return summary
 
     def close(self) -> None:
-        """Waits for what is being written."""
+        """Waits for checkpoints that are being written."""
         self.checkpoints.close()
-        self.folder.close()

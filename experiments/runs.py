@@ -10,11 +10,12 @@ summary.json    status, how far it got, test accuracy; written last, also after 
 
 import csv
 import datetime
+import fcntl
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import matplotlib.figure
 import tensorboardX
@@ -30,13 +31,14 @@ COLUMNS: tuple[str, ...] = (
 
 
 class RunFolder:
-    """The files of one run, but for its checkpoints; see :meth:`create` and :meth:`reopen`."""
+    """The files of one run, but for its checkpoints; see :meth:`create` for a new one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path.resolve()
         self.checkpoints = self.path / "checkpoints"
         self.metrics: list[dict[str, Any]] = []
         self._events: tensorboardX.SummaryWriter | None = None
+        self._lock: TextIO | None = None
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any]) -> "RunFolder":
@@ -45,30 +47,24 @@ class RunFolder:
         Raises:
             OSError: if `path` exists and is not an empty folder, or cannot be made.
         """
-        if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-            raise FileExistsError(f"{path} exists already and is never overwritten")
-        path.mkdir(parents=True, exist_ok=True)
+        check_new(path)
+        path.mkdir(parents=True, exist_ok=path.is_dir())
         folder = cls(path)
         folder.write_json("config.json", config)
         return folder
 
-    @classmethod
-    def reopen(cls, path: Path) -> tuple["RunFolder", dict[str, Any]]:
-        """An existing folder and its configuration.
+    def lock(self) -> None:
+        """Keeps other processes from writing here; the lock ends with this process at the latest.
 
         Raises:
-            FileNotFoundError: if `path` is no run folder.
-            ValueError: if its configuration is no JSON object.
+            BlockingIOError: if another process has it.
         """
+        self._lock = (self.path / "config.json").open()
         try:
-            config = json.loads((path / "config.json").read_text())
-        except OSError as error:
-            raise FileNotFoundError(f"{path} is no run folder: it has no config.json") from error
-        except ValueError as error:
-            raise ValueError(f"{path / 'config.json'} is damaged: {error}") from error
-        if not isinstance(config, dict):
-            raise ValueError(f"{path / 'config.json'} is damaged: it holds no configuration")
-        return cls(path), config
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise BlockingIOError(f"{self.path} is in use by another process") from error
 
     def read_summary(self) -> dict[str, Any]:
         """summary.json, or an empty one."""
@@ -118,14 +114,39 @@ class RunFolder:
         figure.savefig(self.path / "curves.png", dpi=120)
 
     def close(self) -> None:
-        """Closes the event files."""
-        if self._events is not None:
-            self._events.close()
+        """Closes the event files, and lets others write."""
+        for file in (self._events, self._lock):
+            if file is not None:
+                file.close()
 
     def _write(self, name: str, text: str) -> None:
         temporary = self.path / f"{name}.tmp"
         temporary.write_text(text)
         os.replace(temporary, self.path / name)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The configuration of the run in the folder `path`.
+
+    Raises:
+        FileNotFoundError: if it is no run folder.
+        ValueError: if the configuration is no JSON object.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except OSError as error:
+        raise FileNotFoundError(f"{path} is no run folder: it has no config.json") from error
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'} is damaged: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path / 'config.json'} is damaged: it holds no configuration")
+    return config
+
+
+def check_new(path: Path) -> None:
+    """Raises a FileExistsError if a run cannot be written to `path` without loss."""
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already and is never overwritten")
 
 
 def new_folder(name: str, parent: Path = Path("runs")) -> Path:

@@ -12,6 +12,7 @@ is the recipe of BiSAM's authors, for a GPU or TPU. A run that was stopped goes 
     python -m experiments.train --resume runs/RUN
 """
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -43,27 +44,46 @@ def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
         KeyboardInterrupt: on Ctrl-C, after the launch under way, with a checkpoint of it. Then,
             and after a SIGTERM, which returns, the summary's status is "interrupted".
     """
-    with Interruption() as interruption:
+    if resume is not None:
+        summary = runs.RunFolder(resume).read_summary()
+        if summary.get("status") == "finished":
+            return summary
+    with contextlib.ExitStack() as stack:
+        interruption = stack.enter_context(Interruption())
+        if resume is None and config.output is not None:
+            _check_output(config.output)  # before the data is read
         experiment = Experiment(config)
-        config = experiment.config
-        assert config.output is not None
-        try:
-            if resume is None:
-                folder = runs.RunFolder.create(config.output, _as_json(config))
-            else:
-                folder, _ = runs.RunFolder.reopen(resume)
-        except OSError as error:
-            raise ArgumentError(f"--output must be a new folder: {error}") from error
-        print(" ".join(f"{name}={value}" for name, value in _as_json(config).items()))
-        run = Run(experiment, folder)
+        folder = stack.enter_context(contextlib.closing(_open(experiment.config, resume)))
+        values = _as_json(experiment.config)
+        print(" ".join(f"{name}={value}" for name, value in values.items()))
+        run = stack.enter_context(contextlib.closing(Run(experiment, folder)))
         try:
             run.train(interruption)
             return run.finish(interruption)
         except NonFiniteLossError as error:
             run.write_summary(str(error))
             raise
-        finally:
-            run.close()
+
+
+def _check_output(path: Path) -> None:
+    try:
+        runs.check_new(path)
+    except OSError as error:
+        raise ArgumentError(f"--output must be a new folder: {error}") from error
+
+
+def _open(config: Config, resume: Path | None) -> runs.RunFolder:
+    """The folder to write to, locked."""
+    assert config.output is not None
+    try:
+        if resume is None:
+            folder = runs.RunFolder.create(config.output, _as_json(config))
+        else:
+            folder = runs.RunFolder(resume)
+        folder.lock()
+    except OSError as error:
+        raise ArgumentError(f"--output must be a folder to write to: {error}") from error
+    return folder
 
 
 def load_config(run: Path) -> Config:
@@ -73,10 +93,13 @@ def load_config(run: Path) -> Config:
         ArgumentError: if it is none, or not of this version.
     """
     try:
-        _, values = runs.RunFolder.reopen(run)
+        values = runs.read_config(run)
+        fields = {field.name for field in dataclasses.fields(Config)}
+        if odd := fields ^ set(values):
+            raise ValueError(f"its config.json is of another version: {', '.join(sorted(odd))}")
         paths = {"output": run, "data_dir": values["data_dir"] and Path(values["data_dir"])}
         return Config(**values | paths)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError) as error:
         raise ArgumentError(f"{run} cannot be read as a run: {error}") from error
 
 
@@ -103,10 +126,10 @@ def _config_of(arguments: Arguments) -> Config:
         fields = dataclasses.fields(Config)
         return Config(**{field.name: getattr(arguments, field.name) for field in fields})
     config = load_config(arguments.resume)
-    given = arguments.given()
-    if given and given != ["data_dir"]:
-        option = "--" + next(name for name in given if name != "data_dir").replace("_", "-")
-        raise ArgumentError(f"--resume takes the run's own configuration: remove {option}")
+    if not set(arguments.given()) <= {"data_dir"}:
+        raise ArgumentError(
+            "--resume takes the run's own configuration: remove all other options but --data-dir"
+        )
     return dataclasses.replace(config, data_dir=arguments.data_dir or config.data_dir)
 
 

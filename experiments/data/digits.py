@@ -37,14 +37,14 @@ def digits(label_noise: float = 0.0, seed: int = 0, train_examples: int | None =
     labels = targets.astype(np.int32)
     rest, test = _stratified(np.arange(len(labels)), labels, 360)
     train, validation = _stratified(rest, labels, 180)
-    rng = np.random.default_rng(seed)
-
-    def noisy(part: np.ndarray) -> Split:
-        return Split(images[part], with_label_noise(labels[part], label_noise, 10, rng))
-
+    train_rng, validation_rng = np.random.default_rng(seed).spawn(2)
+    # Drawn for all examples, so that a smaller subset has the labels of a larger one.
+    train_labels = with_label_noise(labels[train], label_noise, 10, train_rng)
+    first = first_examples(np.arange(len(train)), train_examples)
+    validation_labels = with_label_noise(labels[validation], label_noise, 10, validation_rng)
     return Dataset(
-        train=noisy(first_examples(train, train_examples)),
-        validation=noisy(validation),
+        train=Split(images[train[first]], train_labels[first]),
+        validation=Split(images[validation], validation_labels),
         test=Split(images[test], labels[test]),
         classes=10,
         image_shape=(8, 8, 1),

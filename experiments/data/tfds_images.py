@@ -75,18 +75,24 @@ def tfds_images(
     *size, channels = builder.info.features[image_key].shape
     classes = builder.info.features[label_key].num_classes
     train_source, test_source = _sources(builder, label_key)
-    rng = np.random.default_rng(seed)
-
-    def records(source: Any, indices: np.ndarray, noise: float) -> Records:
-        offsets = label_offsets(len(indices), noise, classes, rng)
-        return Records(source, image_key, label_key, channels, classes, indices, offsets)
-
     order = np.random.default_rng(SPLIT_SEED).permutation(len(train_source))
     held_out = max(1, round(VALIDATION_SHARE * len(order)))
+    train_rng, validation_rng = np.random.default_rng(seed).spawn(2)
+
+    def records(source: Any, indices: np.ndarray, offsets: np.ndarray) -> Records:
+        return Records(source, image_key, label_key, channels, classes, indices, offsets)
+
+    def noisy(indices: np.ndarray, count: int | None, rng: np.random.Generator) -> Records:
+        # Drawn for all examples, so that a smaller subset has the labels of a larger one.
+        offsets = label_offsets(len(indices), label_noise, classes, rng)
+        first = first_examples(np.arange(len(indices)), count)
+        return records(train_source, indices[first], offsets[first])
+
+    test = np.arange(len(test_source))
     parts = [
-        records(train_source, first_examples(order[held_out:], train_examples), label_noise),
-        records(train_source, order[:held_out], label_noise),
-        records(test_source, np.arange(len(test_source)), 0),
+        noisy(order[held_out:], train_examples, train_rng),
+        noisy(order[:held_out], None, validation_rng),
+        records(test_source, test, np.zeros_like(test)),
     ]
     as_stored = None not in size and size == [image_size or length for length in size]
     if as_stored and sum(map(len, parts)) * np.prod([*size, channels]) <= memory_limit:

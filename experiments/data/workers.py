@@ -22,7 +22,8 @@ def made_ahead(items: Any, workers: int) -> Iterator[Any]:
     Args:
         items: with `__len__` and `__getitem__`; pickled for the workers.
         workers: number of processes, which end with this iterator and with this process, even if
-            that is killed, and leave Ctrl-C to it; 0 to make each item here, when it is asked for.
+            that is killed, and leave SIGINT and SIGTERM to it; 0 to make each item here, when it
+            is asked for.
     """
     if workers == 0:
         yield from (items[index] for index in range(len(items)))
@@ -45,7 +46,9 @@ def made_ahead(items: Any, workers: int) -> Iterator[Any]:
 def _start(items: Any) -> None:
     global _items
     _items = items
+    # They come to all processes of a terminal or a job, and are the parent's to act on.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

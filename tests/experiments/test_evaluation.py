@@ -18,7 +18,7 @@ def split(logits, labels):
 
 
 def test_accuracy_and_loss():
-    evaluate = evaluation.make_evaluate(apply, lambda images: 2 * images)
+    evaluate = evaluation.make_evaluate(apply, lambda images: 2 * images, 10)
     result = evaluate({}, {}, split(jnp.eye(4), jnp.array([0, 1, 0, 0])))
     assert result.accuracy == 0.5
     right, wrong = np.log(3 + np.exp(2.0)) - 2, np.log(3 + np.exp(2.0))
@@ -26,11 +26,10 @@ def test_accuracy_and_loss():
 
 
 @pytest.mark.parametrize("examples", [1, 4, 5, 7, 10])
-def test_each_example_counts_once(examples, monkeypatch):
-    monkeypatch.setattr(evaluation, "BATCH_SIZE", 5)
+def test_each_example_counts_once(examples):
     rng = np.random.default_rng(examples)
     logits, labels = rng.normal(size=(examples, 3)).astype(np.float32), np.arange(examples) % 3
-    result = evaluation.make_evaluate(apply, lambda x: x)({}, {}, split(logits, labels))
+    result = evaluation.make_evaluate(apply, lambda x: x, 5)({}, {}, split(logits, labels))
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(result.accuracy, (logits.argmax(-1) == labels).mean(), rtol=1e-6)
     np.testing.assert_allclose(result.loss, -log_p[np.arange(examples), labels].mean(), rtol=1e-5)
@@ -38,5 +37,5 @@ def test_each_example_counts_once(examples, monkeypatch):
 
 def test_logits_that_are_not_finite_have_no_accuracy():
     logits = jnp.eye(3).at[1, 1].set(jnp.nan)
-    evaluate = evaluation.make_evaluate(apply, lambda x: x)
+    evaluate = evaluation.make_evaluate(apply, lambda x: x, 5)
     assert np.isnan(evaluate({}, {}, split(logits, jnp.arange(3))).accuracy)

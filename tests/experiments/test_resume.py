@@ -2,8 +2,8 @@
 
 import csv
 import os
+import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import runs, train
+from experiments import evaluate, runs, train
 from experiments.checkpoints import UNKNOWN, Checkpoints
 from experiments.experiment import Experiment
 from tests.experiments.script import start
@@ -45,7 +45,7 @@ def stop(process, folder, number, when):
 def final(folder):
     """What a finished run left: all of its state, metrics, test accuracy."""
     config = train.load_config(folder)
-    checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+    checkpoints = Checkpoints(folder / "checkpoints", keep=None)
     assert checkpoints.steps()[-1] == STEPS
     state, _ = checkpoints.restore(STEPS, Experiment(config).state)
     checkpoints.close()
@@ -126,19 +126,62 @@ def resume(capsys, folder, *args):
     return status, captured.out, captured.err
 
 
-def copy_of(finished, tmp_path):
-    folder = tmp_path / "copy"
-    subprocess.run(["cp", "-r", finished, folder], check=True)
+@pytest.fixture
+def unfinished(finished, tmp_path):
+    """A copy of the run that says it did not come to its end."""
+    folder = shutil.copytree(finished, tmp_path / "copy")
+    summary = folder / "summary.json"
+    summary.write_text(summary.read_text().replace('"finished"', '"started"'))
     return folder
 
 
-def test_a_finished_run_is_not_trained_again(finished, capsys):
-    before = (finished / "metrics.csv").read_text()
+def size_of(path):
+    return path.stat().st_size
+
+
+def test_a_finished_run_is_left_as_it_is(finished, capsys):
+    before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
     status, out, _ = resume(capsys, finished)
     assert status == 0
     assert "compiled" not in out
     assert "test accuracy" in out.splitlines()[-1]
-    assert (finished / "metrics.csv").read_text() == before
+    assert {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()} == before
+
+
+def test_a_run_in_use_is_left_to_its_process(unfinished, capsys):
+    folder = runs.RunFolder(unfinished)
+    folder.lock()
+    status, _, err = resume(capsys, unfinished)
+    folder.close()
+    assert status == 2
+    assert "is in use by another process" in err
+    assert err.count("\n") == 1
+
+
+def test_evaluation_leaves_a_save_under_way_alone(unfinished, capsys):
+    under_way = unfinished / "checkpoints" / "99.orbax-checkpoint-tmp"
+    under_way.mkdir()
+    evaluate.main([str(unfinished)])
+    out, err = capsys.readouterr()
+    assert "accuracy" in out
+    assert err == ""
+    assert under_way.exists()
+
+
+def test_without_a_damaged_best_checkpoint_the_best_is_another(unfinished, capsys):
+    checkpoints = Checkpoints(unfinished / "checkpoints", keep=None)
+    best = checkpoints.best_step()
+    others = set(checkpoints.steps()) - {best}
+    checkpoints.close()
+    truncate(max((unfinished / "checkpoints" / str(best)).glob("state/**/d/*"), key=size_of))
+    status, _, err = resume(capsys, unfinished)
+    assert status == 2
+    assert f"{best} is damaged" in err
+    shutil.rmtree(unfinished / "checkpoints" / str(best))
+    status, out, err = resume(capsys, unfinished)
+    assert status == 0, err
+    assert others
+    assert "test accuracy" in out.splitlines()[-1]
 
 
 def truncate(path):
@@ -153,11 +196,11 @@ def change_a_byte(path):
 
 @pytest.mark.parametrize("damage", [truncate, change_a_byte, Path.unlink])
 @pytest.mark.parametrize("which", ["arrays", "metadata", "progress"])
-def test_a_damaged_checkpoint_is_one_clear_error(damage, which, finished, tmp_path, capsys):
-    folder = copy_of(finished, tmp_path)
+def test_a_damaged_checkpoint_is_one_clear_error(damage, which, unfinished, capsys):
+    folder = unfinished
     checkpoint = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name))
     files = {
-        "arrays": max(checkpoint.glob("state/**/d/*"), key=lambda path: path.stat().st_size),
+        "arrays": max(checkpoint.glob("state/**/d/*"), key=size_of),
         "metadata": checkpoint / "state" / "_METADATA",
         "progress": checkpoint / "progress" / "metadata",
     }
@@ -168,13 +211,21 @@ def test_a_damaged_checkpoint_is_one_clear_error(damage, which, finished, tmp_pa
     assert err.count("\n") == 1
 
 
-def test_a_checkpoint_of_another_model_is_one_clear_error(finished, tmp_path, capsys):
-    folder = copy_of(finished, tmp_path)
-    config = folder / "config.json"
-    config.write_text(config.read_text().replace('"model": "mlp"', '"model": "cnn"'))
-    status, _, err = resume(capsys, folder)
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"model": "mlp"', '"model": "cnn"', "is damaged or of another run"),
+        ('"seed": 0', '"seed": 1', "is of another run: its seed is 0, not 1"),
+        ('"rho": 0.05', '"rho": 0.06', "is of another run: its rho is 0.05, not 0.06"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_one_clear_error(old, new, message, unfinished, capsys):
+    config = unfinished / "config.json"
+    assert old in config.read_text()
+    config.write_text(config.read_text().replace(old, new))
+    status, _, err = resume(capsys, unfinished)
     assert status == 2
-    assert "is damaged or of another run" in err
+    assert message in err
     assert err.count("\n") == 1
 
 
@@ -184,7 +235,7 @@ def test_a_checkpoint_of_another_model_is_one_clear_error(finished, tmp_path, ca
         (None, "is no run folder: it has no config.json"),
         ("{", "is damaged"),
         ("[]", "it holds no configuration"),
-        ('{"epochs": 3}', "cannot be read as a run"),
+        ('{"epochs": 3}', "its config.json is of another version: alpha, base, batch_size"),
     ],
 )
 def test_what_is_no_run_is_one_clear_error(content, message, tmp_path, capsys):
@@ -199,7 +250,7 @@ def test_what_is_no_run_is_one_clear_error(content, message, tmp_path, capsys):
 def test_resume_takes_no_other_options(finished, capsys):
     status, _, err = resume(capsys, finished, "--epochs", "9")
     assert status == 2
-    assert err == "error: --resume takes the run's own configuration: remove --epochs\n"
+    assert err.startswith("error: --resume takes the run's own configuration: remove all other")
 
 
 def test_the_best_checkpoint_and_the_last_ones_are_kept(tmp_path):

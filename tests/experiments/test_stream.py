@@ -147,7 +147,8 @@ if __name__ == "__main__":
     batches = dataset.train.training_batches(4, seed=0, epochs=1_000_000)
     next(batches)
     stop = []
-    signal.signal(signal.SIGINT, lambda *_: stop.append(1))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(1))
     print("started", flush=True)
     while sys.argv[2] != "exit" and not stop:
         next(batches)
@@ -156,7 +157,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("end", ["exit", "SIGINT", "SIGKILL"])
+@pytest.mark.parametrize("end", ["exit", "SIGINT", "SIGTERM", "SIGKILL"])
 def test_workers_end_with_the_program(end, folder, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -170,9 +171,9 @@ def test_workers_end_with_the_program(end, folder, tmp_path):
     )
     try:
         assert process.stdout.readline() == "started\n"
-        if end == "SIGINT":
-            # As Ctrl-C in a terminal does: to all processes.
-            os.killpg(process.pid, signal.SIGINT)
+        if end in ("SIGINT", "SIGTERM"):
+            # As Ctrl-C in a terminal does, and the end of a job: to all processes.
+            os.killpg(process.pid, signal.Signals[end])
         elif end == "SIGKILL":
             process.kill()
         # The pipes end when the last process that inherited them does.
