@@ -5,6 +5,7 @@ import dataclasses
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -83,9 +84,7 @@ class Run:
             f"compiled in {self.compile_seconds:.1f} s, writing to {self.folder.path}", flush=True
         )
         steps, every = self.experiment.steps_per_epoch, self.config.checkpoint_every or 0
-        with tqdm.tqdm(
-            total=self.experiment.total_steps, initial=self.step, unit="step", file=sys.stderr
-        ) as bar:
+        with _progress_bar(self.experiment.total_steps, self.step) as bar:
             while self.step < self.experiment.total_steps and not interruption.signal:
                 epoch_end = (self.step // steps + 1) * steps
                 checkpoint = (self.step // every + 1) * every
@@ -215,3 +214,14 @@ class Run:
     def close(self) -> None:
         """Waits for checkpoints that are being written."""
         self.checkpoints.close()
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int, initial: int) -> Iterator[tqdm.tqdm]:
+    """On standard error, which may be gone when it is closed."""
+    bar = tqdm.tqdm(total=total, initial=initial, unit="step", file=sys.stderr)
+    try:
+        yield bar
+    finally:
+        with contextlib.suppress(OSError):
+            bar.close()

@@ -1,14 +1,16 @@
 """Every method of the library, once, for the tests that all of them must pass."""
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import optax
 
 import bisam_jax
 
 
-class Method(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Method:
     """How to make a method, and what holds of it.
 
     Attributes:
@@ -25,7 +27,7 @@ class Method(NamedTuple):
     state_bytes: int = 0
     takes_grad_fn: bool = True
     ascends_loss_fn: bool = False
-    extra_args: dict[str, Any] = {}  # noqa: RUF012
+    extra_args: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def largest_weights(params):

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from bisam_jax import perturbation_loss
@@ -10,28 +11,28 @@ CLASSES = 3
 
 
 def mlp_params(seed: int = 0, dtype=jnp.float32) -> dict:
-    keys = jax.random.split(jax.random.key(seed), 2)
+    rng = np.random.default_rng(seed)
     return {
-        "hidden": {"w": jax.random.normal(keys[0], (4, 6), dtype), "b": jnp.full(6, 0.1, dtype)},
-        "head": {
-            "w": jax.random.normal(keys[1], (6, CLASSES), dtype),
-            "b": jnp.linspace(-0.2, 0.3, CLASSES, dtype=dtype),
+        "hidden": {
+            "w": jnp.asarray(rng.normal(size=(4, 6)), dtype),
+            "b": jnp.asarray(np.full(6, 0.1), dtype),
         },
+        "head": {"w": jnp.asarray(rng.normal(size=(6, CLASSES)), dtype)},
     }
 
 
 def mlp_batch(seed: int = 1, examples: int = 16) -> dict:
-    keys = jax.random.split(jax.random.key(seed), 2)
+    rng = np.random.default_rng(seed)
     return {
-        "x": jax.random.normal(keys[0], (examples, 4)),
-        "y": jax.random.randint(keys[1], (examples,), 0, CLASSES),
+        "x": jnp.asarray(rng.normal(size=(examples, 4)), jnp.float32),
+        "y": jnp.asarray(rng.integers(0, CLASSES, examples), jnp.int32),
     }
 
 
 def mlp_logits(params: dict, x: jax.Array) -> jax.Array:
     x = x.astype(params["head"]["w"].dtype)
     hidden = jnp.tanh(x @ params["hidden"]["w"] + params["hidden"]["b"][None])
-    return hidden @ params["head"]["w"] + params["head"]["b"][None]
+    return hidden @ params["head"]["w"]
 
 
 def loss_of_batch(params: dict, batch: dict) -> jax.Array:

@@ -9,15 +9,18 @@ import chex
 import equinox as eqx
 import flax.linen as nn
 import jax
+import numpy as np
 import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
 from bisam_jax import bisam, perturbation_loss, value_and_grad
+from tests.compiled import quick_jit
 
-X = jax.random.normal(jax.random.key(0), (16, 5))
-Y = jax.random.randint(jax.random.key(1), (16,), 0, 3)
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(16, 5)).astype(np.float32)
+Y = RNG.integers(0, 3, 16)
 RHO = 0.2
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -28,6 +31,12 @@ def cross_entropy(logits):
 
 def q(logits):
     return perturbation_loss(logits, Y).mean()
+
+
+def descent_by_hand(ascent, loss_fn, params):
+    norm = optax.tree.norm(ascent)
+    point = jax.tree.map(lambda p, g: p + RHO * g / norm, params, ascent)
+    return jax.grad(loss_fn)(point)
 
 
 class LinenNet(nn.Module):
@@ -45,7 +54,7 @@ class BatchStatsState(TrainState):
 @pytest.fixture
 def linen():
     model = LinenNet()
-    variables = model.init(jax.random.key(2), X)
+    variables = quick_jit(model.init)(jax.random.key(2), X)
     return model, variables["params"], variables["batch_stats"]
 
 
@@ -60,10 +69,12 @@ def linen_reference(model, params, batch_stats):
         logits, moved = forward(params)
         return q(logits), moved["batch_stats"]
 
-    ascent, stats = jax.grad(clean, has_aux=True)(params)
-    norm = optax.tree.norm(ascent)
-    point = jax.tree.map(lambda p, g: p + RHO * g / norm, params, ascent)
-    return jax.grad(lambda p: cross_entropy(forward(p)[0]))(point), stats
+    @quick_jit
+    def reference(params):
+        ascent, stats = jax.grad(clean, has_aux=True)(params)
+        return descent_by_hand(ascent, lambda p: cross_entropy(forward(p)[0]), params), stats
+
+    return reference(params)
 
 
 def test_linen_in_a_train_state(linen):
@@ -84,7 +95,7 @@ def test_linen_in_a_train_state(linen):
     step = value_and_grad(bisam(RHO), with_stats(cross_entropy), with_stats(q), has_aux=True)
     sharpness_state = bisam(RHO).init(params)
 
-    @jax.jit
+    @quick_jit
     def train_step(state, sharpness_state):
         (_, stats), grads, sharpness_state = step(state.params, sharpness_state, X)
         return state.apply_gradients(grads=grads, batch_stats=stats), sharpness_state, grads
@@ -126,8 +137,8 @@ def test_nnx_through_its_optimizer():
 
     tx = bisam(RHO)
     step = value_and_grad(tx, with_stats(cross_entropy), with_stats(q), has_aux=True)
-    (_, moved), grads, _ = jax.jit(step)(params, tx.init(params), X)
-    optimizer.update(model, grads)
+    (_, moved), grads, _ = quick_jit(step)(params, tx.init(params), X)
+    nnx.jit(lambda optimizer, model, grads: optimizer.update(model, grads))(optimizer, model, grads)
     nnx.update(model, moved)
 
     clean = NnxNet(nnx.Rngs(0))
@@ -135,13 +146,15 @@ def test_nnx_through_its_optimizer():
     expected_stats = nnx.state(clean, nnx.BatchStat)
     chex.assert_trees_all_close(nnx.state(model, nnx.BatchStat), expected_stats, **CLOSE)
 
-    ascent = jax.grad(lambda p: with_stats(q)(p, X)[0])(params)
-    norm = optax.tree.norm(ascent)
-    point = jax.tree.map(lambda p, g: p + RHO * g / norm, params, ascent)
-    expected_grads = jax.grad(lambda p: with_stats(cross_entropy)(p, X)[0])(point)
+    @quick_jit
+    def reference(params):
+        ascent = jax.grad(lambda p: with_stats(q)(p, X)[0])(params)
+        grads = descent_by_hand(ascent, lambda p: with_stats(cross_entropy)(p, X)[0], params)
+        updates, _ = base.update(grads, base.init(params), params)
+        return grads, optax.apply_updates(params, updates)
+
+    expected_grads, expected = reference(params)
     chex.assert_trees_all_close(grads, expected_grads, **CLOSE)
-    updates, _ = base.update(expected_grads, base.init(params), params)
-    expected = optax.apply_updates(params, updates)
     chex.assert_trees_all_close(nnx.state(model, nnx.Param), expected, **CLOSE)
 
 
@@ -160,10 +173,11 @@ def test_nnx_optimizer_with_the_step_in_its_chain():
     grads = nnx.grad(clean)(model)  # moves the statistics, once
     optimizer.update(model, grads, loss_fn=loss_of(cross_entropy))
 
-    ascent = jax.grad(loss_of(q))(params)
-    norm = optax.tree.norm(ascent)
-    point = jax.tree.map(lambda p, g: p + RHO * g / norm, params, ascent)
-    descent = jax.grad(loss_of(cross_entropy))(point)
+    @quick_jit
+    def reference(params):
+        return descent_by_hand(jax.grad(loss_of(q))(params), loss_of(cross_entropy), params)
+
+    descent = reference(params)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, descent)
     chex.assert_trees_all_close(nnx.state(model, nnx.Param), expected, **CLOSE)
     once = NnxNet(nnx.Rngs(0))
@@ -189,7 +203,7 @@ class EquinoxNet(eqx.Module):
 
 
 def test_equinox():
-    model, statistics = eqx.nn.make_with_state(EquinoxNet)(jax.random.key(0))
+    model, statistics = eqx.filter_jit(eqx.nn.make_with_state(EquinoxNet))(jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)
 
     def forward(params):
@@ -208,13 +222,15 @@ def test_equinox():
     step = value_and_grad(tx, with_statistics(cross_entropy), with_statistics(q), has_aux=True)
     (_, moved), updates, _ = eqx.filter_jit(step)(params, tx.init(params), X)
     new = eqx.apply_updates(params, updates)
-    expected_statistics = forward(params)[1]
+    expected_statistics = quick_jit(forward)(params)[1]
     assert eqx.tree_equal(moved, expected_statistics, rtol=1e-5, atol=1e-6)
     assert not eqx.tree_equal(moved, statistics, rtol=1e-5, atol=1e-6)
 
-    ascent = jax.grad(lambda p: q(forward(p)[0]))(params)
-    norm = optax.tree.norm(ascent)
-    point = jax.tree.map(lambda p, g: p + RHO * g / norm, params, ascent)
-    descent = jax.grad(lambda p: cross_entropy(forward(p)[0]))(point)
+    @quick_jit
+    def reference(params):
+        ascent = jax.grad(lambda p: q(forward(p)[0]))(params)
+        return descent_by_hand(ascent, lambda p: cross_entropy(forward(p)[0]), params)
+
+    descent = reference(params)
     expected = jax.tree.map(lambda p, g: p - 0.1 * g, params, descent)
     chex.assert_trees_all_close(jax.tree.leaves(new), jax.tree.leaves(expected), **CLOSE)

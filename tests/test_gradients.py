@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import optax
 import pytest
 
 from bisam_jax import asam, bisam, l2_ball, sam, value_and_grad
+from tests.compiled import quick_jit
 from tests.problems import (
     loss_of_batch,
     mlp_batch,
@@ -19,6 +22,7 @@ TX = bisam(rho=0.3)
 CLOSE = {"rtol": 2e-5, "atol": 1e-6}
 
 
+@functools.cache
 def with_aux(fn):
     def fn_with_aux(params, batch):
         logits = mlp_logits(params, batch["x"])
@@ -28,11 +32,23 @@ def with_aux(fn):
     return fn_with_aux
 
 
-def by_hand(tx, batch, q=perturbation_loss_of_batch, state=None):
+@functools.cache
+def step_of(loss_fn=loss_of_batch, q=None, *, tx=TX, **arguments):
+    """A compiled step, shared by the tests that ask for the same one."""
+    return quick_jit(value_and_grad(tx, loss_fn, q, **arguments))
+
+
+def result_of(*losses, tx=TX, batch=None, **arguments):
+    step = step_of(*losses, tx=tx, **arguments)
+    return step(PARAMS, tx.init(PARAMS), BATCH if batch is None else batch)
+
+
+@functools.partial(quick_jit, static_argnames=("tx", "q"))
+def by_hand(tx, batch, q=perturbation_loss_of_batch):
     """The step as its definition says, on one batch."""
     value, ascent = jax.value_and_grad(q)(PARAMS, batch)
-    state = tx.init(PARAMS) if state is None else state
-    return value, *tx.update(ascent, state, PARAMS, loss_fn=lambda p: loss_of_batch(p, batch))
+    loss_fn = functools.partial(loss_of_batch, batch=batch)
+    return value, *tx.update(ascent, tx.init(PARAMS), PARAMS, loss_fn=loss_fn)
 
 
 def part_of(batch, part):
@@ -40,29 +56,25 @@ def part_of(batch, part):
 
 
 def mean_of(trees):
-    return jax.tree.map(lambda *leaves: jnp.mean(jnp.stack(leaves), 0), *trees)
+    return jax.tree.map(lambda *leaves: np.mean(np.stack(leaves), 0), *trees)
 
 
 @pytest.mark.parametrize("make", [bisam, sam, asam])
 @pytest.mark.parametrize("q", [perturbation_loss_of_batch, None], ids=["q", "no q"])
 def test_whole_batch(make, q):
     tx = make(rho=0.3)
-    step = jax.jit(value_and_grad(tx, loss_of_batch, q))
-    value, grads, state = step(PARAMS, tx.init(PARAMS), BATCH)
     expected = by_hand(tx, BATCH, q or loss_of_batch)
-    chex.assert_trees_all_close((value, grads, state), expected, **CLOSE)
+    chex.assert_trees_all_close(result_of(loss_of_batch, q, tx=tx), expected, **CLOSE)
 
 
 def test_aux_is_that_of_the_clean_pass():
-    step = value_and_grad(TX, loss_of_batch, with_aux(perturbation_loss_of_batch), has_aux=True)
-    (value, aux), grads, _ = step(PARAMS, TX.init(PARAMS), BATCH)
+    losses = loss_of_batch, with_aux(perturbation_loss_of_batch)
+    (value, aux), grads, _ = result_of(*losses, has_aux=True)
     chex.assert_trees_all_close(aux["logits"], mlp_logits(PARAMS, BATCH["x"]), **CLOSE)
     expected = by_hand(TX, BATCH)
     chex.assert_trees_all_close((value, grads), expected[:2], **CLOSE)
-    both = value_and_grad(
-        TX, with_aux(loss_of_batch), with_aux(perturbation_loss_of_batch), has_aux=True
-    )
-    chex.assert_trees_all_equal(both(PARAMS, TX.init(PARAMS), BATCH), ((value, aux), grads, _))
+    both = with_aux(loss_of_batch), with_aux(perturbation_loss_of_batch)
+    chex.assert_trees_all_equal(result_of(*both, has_aux=True), ((value, aux), grads, _))
 
 
 def test_each_function_is_called_once():
@@ -74,31 +86,25 @@ def test_each_function_is_called_once():
     step = value_and_grad(
         TX, counted("loss", loss_of_batch), counted("q", perturbation_loss_of_batch)
     )
-    step(PARAMS, TX.init(PARAMS), BATCH)
+    jax.eval_shape(step, PARAMS, TX.init(PARAMS), BATCH)
     assert calls == ["q", "loss"]
 
 
 @pytest.mark.parametrize("microbatch_size", [1, 4, 8, 16])
 def test_microbatches_equal_the_whole_batch(microbatch_size):
-    arguments = TX, with_aux(loss_of_batch), with_aux(perturbation_loss_of_batch)
-    whole = value_and_grad(*arguments, has_aux=True)(PARAMS, TX.init(PARAMS), BATCH)
-    step = jax.jit(value_and_grad(*arguments, has_aux=True, microbatch_size=microbatch_size))
-    chex.assert_trees_all_close(step(PARAMS, TX.init(PARAMS), BATCH), whole, **CLOSE)
+    losses = with_aux(loss_of_batch), with_aux(perturbation_loss_of_batch)
+    whole = result_of(*losses, has_aux=True)
+    parts = result_of(*losses, has_aux=True, microbatch_size=microbatch_size)
+    chex.assert_trees_all_close(parts, whole, **CLOSE)
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 4, 8, 16])
 def test_groups_have_perturbations_of_their_own(microbatch_size):
     groups = [by_hand(TX, part_of(BATCH, slice(i, i + 4))) for i in range(0, 16, 4)]
     value, grads = mean_of([group[:2] for group in groups])
-    step = value_and_grad(
-        TX,
-        loss_of_batch,
-        with_aux(perturbation_loss_of_batch),
-        has_aux=True,
-        group_size=4,
-        microbatch_size=microbatch_size,
-    )
-    (got_value, aux), got_grads, state = jax.jit(step)(PARAMS, TX.init(PARAMS), BATCH)
+    losses = loss_of_batch, with_aux(perturbation_loss_of_batch)
+    sizes = {"group_size": 4, "microbatch_size": microbatch_size}
+    (got_value, aux), got_grads, state = result_of(*losses, has_aux=True, **sizes)
     chex.assert_trees_all_close((got_value, got_grads), (value, grads), **CLOSE)
     chex.assert_trees_all_equal_structs(state, TX.init(PARAMS))
     logits = mlp_logits(PARAMS, BATCH["x"])
@@ -107,11 +113,10 @@ def test_groups_have_perturbations_of_their_own(microbatch_size):
 
 
 def test_one_group_is_the_whole_batch_and_groups_of_one_are_examples():
-    whole = value_and_grad(TX, loss_of_batch)(PARAMS, TX.init(PARAMS), BATCH)
-    one_group = value_and_grad(TX, loss_of_batch, group_size=16)
-    chex.assert_trees_all_close(one_group(PARAMS, TX.init(PARAMS), BATCH), whole, **CLOSE)
+    whole = result_of(loss_of_batch)
+    chex.assert_trees_all_close(result_of(loss_of_batch, group_size=16), whole, **CLOSE)
     examples = [by_hand(TX, part_of(BATCH, slice(i, i + 1)), loss_of_batch) for i in range(16)]
-    alone = value_and_grad(TX, loss_of_batch, group_size=1)(PARAMS, TX.init(PARAMS), BATCH)
+    alone = result_of(loss_of_batch, group_size=1)
     chex.assert_trees_all_close(alone[:2], mean_of([e[:2] for e in examples]), **CLOSE)
     assert optax.tree.norm(optax.tree.sub(alone[1], whole[1])) > 1e-3
 
@@ -122,23 +127,27 @@ def test_state_moves_once_a_step(group_size, microbatch_size):
     schedule = optax.linear_schedule(0.1, 0.5, 4)
     tx = bisam(schedule)
     sizes = {"group_size": group_size, "microbatch_size": microbatch_size}
-    step = jax.jit(value_and_grad(tx, loss_of_batch, **sizes))
+    step = step_of(tx=tx, **sizes)
+
+    @quick_jit
+    def expected(rho):
+        constant = bisam(rho)
+        step = value_and_grad(constant, loss_of_batch, **sizes)
+        return step(PARAMS, constant.init(PARAMS), BATCH)[1]
+
     state = tx.init(PARAMS)
     for count in range(3):
-        expected = value_and_grad(bisam(float(schedule(count))), loss_of_batch, **sizes)
         grads, state = step(PARAMS, state, BATCH)[1:]
         assert optax.tree.get(state, "radius_count") == count + 1
-        reference = expected(PARAMS, bisam(0.1).init(PARAMS), BATCH)[1]
-        chex.assert_trees_all_close(grads, reference, **CLOSE)
+        chex.assert_trees_all_close(grads, expected(float(schedule(count))), **CLOSE)
     assert step._cache_size() == 1
 
 
 @pytest.mark.parametrize("sizes", [{}, {"microbatch_size": 4}, {"group_size": 4}])
 def test_a_chain_with_the_base_optimizer(sizes):
     tx = optax.chain(TX, optax.sgd(0.1, momentum=0.9))
-    step = value_and_grad(tx, loss_of_batch, **sizes)
-    _, updates, state = step(PARAMS, tx.init(PARAMS), BATCH)
-    _, grads, _ = value_and_grad(TX, loss_of_batch, **sizes)(PARAMS, TX.init(PARAMS), BATCH)
+    _, updates, state = result_of(loss_of_batch, tx=tx, **sizes)
+    _, grads, _ = result_of(loss_of_batch, **sizes)
     chex.assert_trees_all_close(updates, optax.tree.scale(-0.1, grads), **CLOSE)
     chex.assert_trees_all_close(optax.tree.get(state, "trace"), grads, **CLOSE)
 
@@ -150,12 +159,11 @@ def test_leaves_that_are_not_floating_get_zeros(sizes):
     def loss_fn(params, batch):
         return loss_of_batch(params["w"], batch)
 
-    _, grads, _ = value_and_grad(TX, loss_fn, **sizes)(params, TX.init(params), BATCH)
+    _, grads, _ = step_of(loss_fn, **sizes)(params, TX.init(params), BATCH)
     assert grads["steps"] == 0
     assert grads["steps"].dtype == params["steps"].dtype
     assert grads["key"].dtype == jax.dtypes.float0
-    expected = value_and_grad(TX, loss_of_batch, **sizes)(PARAMS, TX.init(PARAMS), BATCH)
-    chex.assert_trees_all_close(grads["w"], expected[1], **CLOSE)
+    chex.assert_trees_all_close(grads["w"], result_of(loss_of_batch, **sizes)[1], **CLOSE)
 
 
 @pytest.mark.parametrize("sizes", [{}, {"microbatch_size": 1}, {"group_size": 4}])
@@ -163,37 +171,47 @@ def test_narrow_parameters_accumulate_in_float32(sizes):
     narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), narrow)
     batch = mlp_batch(examples=512)
-    _, grads, _ = value_and_grad(TX, loss_of_batch, **sizes)(narrow, TX.init(narrow), batch)
+    step = step_of(**sizes)
+    _, grads, _ = step(narrow, TX.init(narrow), batch)
     chex.assert_trees_all_equal_dtypes(grads, narrow)
-    _, expected, _ = value_and_grad(TX, loss_of_batch, **sizes)(wide, TX.init(wide), batch)
+    _, expected, _ = step(wide, TX.init(wide), batch)
     difference = jax.tree.map(lambda g, e: g.astype(jnp.float32) - e, grads, expected)
     assert optax.tree.norm(difference) < 0.02 * optax.tree.norm(expected)
 
 
 def test_extra_args_and_numpy_batches():
-    batch = jax.tree.map(np.asarray, BATCH)
+    """Outside of jit, where what is not a JAX array stays one."""
+
+    def loss_fn(w, batch):
+        return jnp.mean(jnp.square(batch["x"] @ w - batch["y"]))
+
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(16, 3)).astype(np.float32), rng.normal(size=16).astype(np.float32)
+    w, batch = jnp.ones(3), {"x": x, "y": y}
     for sizes in ({}, {"microbatch_size": 8}, {"group_size": 8}):
-        step = value_and_grad(TX, loss_of_batch, **sizes)
-        with_extra = step(PARAMS, TX.init(PARAMS), batch, unknown=jnp.ones(3))
-        chex.assert_trees_all_close(with_extra, step(PARAMS, TX.init(PARAMS), BATCH), **CLOSE)
+        step = value_and_grad(TX, loss_fn, **sizes)
+        with_extra = step(w, TX.init(w), batch, unknown=jnp.ones(3))
+        expected = quick_jit(step)(w, TX.init(w), batch)
+        chex.assert_trees_all_close(with_extra, expected, **CLOSE)
 
 
 def test_integer_aux_of_one_or_several_parts():
     def loss_fn(params, batch):
         return loss_of_batch(params, batch), mlp_logits(params, batch["x"]).argmax(-1) == batch["y"]
 
-    expected = value_and_grad(TX, loss_fn, has_aux=True)(PARAMS, TX.init(PARAMS), BATCH)[0][1]
+    def correct(**sizes):
+        return result_of(loss_fn, has_aux=True, **sizes)[0][1]
+
     for size in (4, 16):
         for name in ("group_size", "microbatch_size"):
-            step = value_and_grad(TX, loss_fn, has_aux=True, **{name: size})
-            np.testing.assert_array_equal(step(PARAMS, TX.init(PARAMS), BATCH)[0][1], expected)
+            np.testing.assert_array_equal(correct(**{name: size}), correct())
 
 
 @pytest.mark.parametrize("tx", [optax.sgd(0.1), l2_ball(0.1)], ids=["sgd", "ball"])
 def test_a_transformation_that_never_descends_is_refused(tx):
     step = value_and_grad(tx, loss_of_batch, perturbation_loss_of_batch)
     with pytest.raises(ValueError, match="tx never evaluated loss_fn"):
-        step(PARAMS, tx.init(PARAMS), BATCH)
+        jax.eval_shape(step, PARAMS, tx.init(PARAMS), BATCH)
 
 
 def test_tx_must_be_a_transformation():
@@ -208,8 +226,8 @@ def test_per_example_keys_are_split_with_the_batch():
         noise = jax.vmap(jax.random.normal)(batch["key"])
         return (noise * mlp_logits(params, batch["x"])[:, 0]).mean()
 
-    whole = value_and_grad(TX, noisy)(PARAMS, TX.init(PARAMS), batch)
-    parts = value_and_grad(TX, noisy, microbatch_size=4)(PARAMS, TX.init(PARAMS), batch)
+    whole = result_of(noisy, batch=batch)
+    parts = result_of(noisy, batch=batch, microbatch_size=4)
     chex.assert_trees_all_close(parts, whole, **CLOSE)
 
 

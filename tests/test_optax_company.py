@@ -1,5 +1,7 @@
 """In company with optax's wrappers and optimizers."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import optax
 import pytest
 
 from bisam_jax import asam, bisam, l2_ball, sharpness_aware, value_and_grad
+from tests.compiled import quick_jit
 from tests.problems import (
     loss_of_batch,
     mlp_batch,
@@ -14,7 +17,7 @@ from tests.problems import (
     perturbation_loss_of_batch,
 )
 
-PARAMS, BATCH = mlp_params(), mlp_batch(examples=32)
+PARAMS, BATCH = mlp_params(seed=1), mlp_batch(examples=32)
 CLOSE = {"rtol": 2e-5, "atol": 1e-6}
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -28,7 +31,19 @@ def q(params):
     return perturbation_loss_of_batch(params, BATCH)
 
 
-GRADS = jax.grad(loss_fn)(PARAMS)
+GRADS = quick_jit(jax.grad(loss_fn))(PARAMS)
+
+
+@functools.partial(quick_jit, static_argnames="make")
+def sharp(rho, make=bisam):
+    """The gradient that `make` hands on, where the loss is ascended."""
+    tx = make(rho)
+    return tx.update(GRADS, tx.init(PARAMS), PARAMS, loss_fn=loss_fn)[0]
+
+
+@functools.partial(quick_jit, static_argnames="tx")
+def update(tx, state, grads):
+    return tx.update(grads, state, PARAMS, loss_fn=loss_fn)
 
 
 def train(tx, steps, **extra_args):
@@ -40,7 +55,7 @@ def train(tx, steps, **extra_args):
         )
         return (optax.apply_updates(params, updates), state), value
 
-    return jax.jit(lambda c: jax.lax.scan(step, c, length=steps))((PARAMS, tx.init(PARAMS)))
+    return quick_jit(lambda c: jax.lax.scan(step, c, length=steps))((PARAMS, tx.init(PARAMS)))
 
 
 OPTIMIZERS = {
@@ -56,11 +71,15 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_base_optimizers_get_the_gradient_and_learn(optimizer):
     tx = optax.chain(bisam(0.05), optimizer)
-    sharp, _ = bisam(0.05).update(
-        GRADS, bisam(0.05).init(PARAMS), PARAMS, loss_fn=loss_fn, perturbation_loss_fn=q
-    )
-    expected, _ = optimizer.update(sharp, optimizer.init(PARAMS), PARAMS)
-    updates, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, loss_fn=loss_fn, perturbation_loss_fn=q)
+
+    @quick_jit
+    def both_ways(params, grads):
+        losses = {"loss_fn": loss_fn, "perturbation_loss_fn": q}
+        updates, _ = tx.update(grads, tx.init(params), params, **losses)
+        sharp, _ = bisam(0.05).update(grads, bisam(0.05).init(params), params, **losses)
+        return updates, optimizer.update(sharp, optimizer.init(params), params)[0]
+
+    updates, expected = both_ways(PARAMS, GRADS)
     chex.assert_trees_all_close(updates, expected, **CLOSE)
     _, values = train(tx, 100)
     assert values[-1] < 0.5 * values[0]
@@ -70,55 +89,53 @@ def test_base_optimizers_get_the_gradient_and_learn(optimizer):
 def test_inject_hyperparams(make):
     injected = optax.inject_hyperparams(make)(rho=optax.linear_schedule(0.1, 0.3, 2))
     state = injected.init(PARAMS)
-    update = jax.jit(lambda state: injected.update(GRADS, state, PARAMS, loss_fn=loss_fn))
+    step = quick_jit(lambda state: injected.update(GRADS, state, PARAMS, loss_fn=loss_fn))
     for rho in (0.1, 0.2, 0.3):
-        grads, state = update(state)
+        grads, state = step(state)
         assert state.hyperparams["rho"] == pytest.approx(rho)
-        plain = make(rho)
-        expected, _ = plain.update(GRADS, plain.init(PARAMS), PARAMS, loss_fn=loss_fn)
-        chex.assert_trees_all_close(grads, expected, **CLOSE)
-    assert update._cache_size() == 1
+        chex.assert_trees_all_close(grads, sharp(rho, make), **CLOSE)
+    assert step._cache_size() == 1
     fixed = optax.inject_hyperparams(make)(rho=0.1)
     state = fixed.init(PARAMS)
     state.hyperparams["rho"] = jnp.asarray(0.0)
-    grads, _ = fixed.update(GRADS, state, PARAMS, loss_fn=loss_fn)
+    grads, _ = update(fixed, state, GRADS)
     chex.assert_trees_all_close(grads, GRADS, **CLOSE)
 
 
 def test_inject_hyperparams_with_a_mask():
     make = optax.inject_hyperparams(asam, static_args="where")
     tx = make(rho=0.3, where=lambda p: jax.tree.map(lambda w: w.ndim > 1, p))
-    grads, _ = tx.update(GRADS, tx.init(PARAMS), PARAMS, loss_fn=loss_fn)
+    grads, _ = update(tx, tx.init(PARAMS), GRADS)
     plain = asam(0.3, where=jax.tree.map(lambda w: w.ndim > 1, PARAMS))
-    expected, _ = plain.update(GRADS, plain.init(PARAMS), PARAMS, loss_fn=loss_fn)
+    expected, _ = update(plain, plain.init(PARAMS), GRADS)
     chex.assert_trees_all_close(grads, expected, **CLOSE)
 
 
 def test_conditionally_transform_is_sam_every_other_step():
     tx = optax.conditionally_transform(bisam(0.3), lambda step: step % 2 == 0)
     state = tx.init(PARAMS)
-    sharp, _ = bisam(0.3).update(GRADS, bisam(0.3).init(PARAMS), PARAMS, loss_fn=loss_fn)
     for step in range(4):
-        grads, state = tx.update(GRADS, state, PARAMS, loss_fn=loss_fn)
-        chex.assert_trees_all_close(grads, GRADS if step % 2 else sharp, **CLOSE)
+        grads, state = update(tx, state, GRADS)
+        chex.assert_trees_all_close(grads, GRADS if step % 2 else sharp(0.3), **CLOSE)
 
 
 def test_multi_steps_after_the_step_is_m_sharpness():
     tx = bisam(0.3)
     accumulated = optax.chain(tx, optax.MultiSteps(optax.sgd(0.1), 4).gradient_transformation())
+
+    @quick_jit
+    def step(state, batch):
+        ascent = jax.grad(perturbation_loss_of_batch)(PARAMS, batch)
+        loss_fn = functools.partial(loss_of_batch, batch=batch)
+        return accumulated.update(ascent, state, PARAMS, loss_fn=loss_fn)
+
     state = accumulated.init(PARAMS)
     for i in range(4):
-        batch = jax.tree.map(lambda x, i=i: x[8 * i : 8 * i + 8], BATCH)
-        updates, state = accumulated.update(
-            jax.grad(perturbation_loss_of_batch)(PARAMS, batch),
-            state,
-            PARAMS,
-            loss_fn=lambda p, batch=batch: loss_of_batch(p, batch),
-        )
+        updates, state = step(state, jax.tree.map(lambda x, i=i: x[8 * i : 8 * i + 8], BATCH))
         if i < 3:
             assert optax.tree.norm(updates) == 0
     grouped = value_and_grad(tx, loss_of_batch, perturbation_loss_of_batch, group_size=8)
-    _, grads, _ = grouped(PARAMS, tx.init(PARAMS), BATCH)
+    _, grads, _ = quick_jit(grouped)(PARAMS, tx.init(PARAMS), BATCH)
     chex.assert_trees_all_close(updates, optax.tree.scale(-0.1, grads), **CLOSE)
 
 
@@ -150,16 +167,15 @@ def test_apply_if_finite_around_and_after_it():
     after = optax.chain(bisam(0.1), optax.apply_if_finite(optax.sgd(0.1), 5))
     around = optax.apply_if_finite(optax.chain(bisam(0.1), optax.sgd(0.1)), 5)
     for tx in (after, around):
-        updates, state = tx.update(broken, tx.init(PARAMS), PARAMS, loss_fn=loss_fn)
+        updates, state = update(tx, tx.init(PARAMS), broken)
         assert optax.tree.norm(updates) == 0
         assert optax.tree.get(state, "total_notfinite") == 1
-        updates, _ = tx.update(GRADS, state, PARAMS, loss_fn=loss_fn)
-        sharp, _ = bisam(0.1).update(GRADS, bisam(0.1).init(PARAMS), PARAMS, loss_fn=loss_fn)
-        chex.assert_trees_all_close(updates, optax.tree.scale(-0.1, sharp), **CLOSE)
+        updates, _ = update(tx, state, GRADS)
+        chex.assert_trees_all_close(updates, optax.tree.scale(-0.1, sharp(0.1)), **CLOSE)
 
 
 def test_two_methods_in_one_chain_have_distinct_state_names():
     tx = optax.chain(bisam(lambda count: 0.1), optax.adam(1e-3))
-    _, state = tx.update(GRADS, tx.init(PARAMS), PARAMS, loss_fn=loss_fn)
+    _, state = update(tx, tx.init(PARAMS), GRADS)
     assert optax.tree.get(state, "radius_count") == 1
     assert optax.tree.get(state, "count") == 1

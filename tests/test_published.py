@@ -108,18 +108,23 @@ def test_trajectory(name):
 def test_perturbation(name):
     golden, hyperparameters = np.load(GOLDEN / f"{name}.npz"), CASES[name]["hyperparameters"]
     sharpness = method_of(name, hyperparameters)
+
+    @jax.jit
+    def perturbed(params, ascent):
+        points = []
+        sharpness.update(
+            ascent,
+            sharpness.init(params),
+            params,
+            grad_fn=lambda point: (points.append(point), params)[1],
+        )
+        return points[0]
+
     for t in range(len(golden["batch/x"])):
         params = tree_of(golden, "traj", t)
-        points = []
-
-        def grad_fn(point, points=points, params=params):
-            points.append(point)
-            return params
-
-        ascent = tree_of(golden, "ascent_grad", t)
-        sharpness.update(ascent, sharpness.init(params), params, grad_fn=grad_fn)
+        point = perturbed(params, tree_of(golden, "ascent_grad", t))
         for leaf in params:
-            eps = points[0][leaf] - params[leaf]
+            eps = point[leaf] - params[leaf]
             assert_close(eps, golden[f"eps/{leaf}"][t], f"eps {leaf} {t}")
 
 
@@ -136,6 +141,12 @@ def test_losses(case):
     else:
         ascent = settings["loss"].removeprefix("perturbation_loss_")
         loss_fn, mu = perturbation_loss_of({**settings, "ascent_loss": ascent}), settings["mu"]
-    grads = jax.grad(lambda logits: mu * loss_fn(logits, labels).sum())(logits)
-    assert_close(mu * loss_fn(logits, labels), golden[f"{case}/value"], "value")
+
+    @jax.jit
+    def values_and_grads(logits):
+        values, pullback = jax.vjp(lambda logits: mu * loss_fn(logits, labels), logits)
+        return values, pullback(jnp.ones_like(values))[0]
+
+    values, grads = values_and_grads(logits)
+    assert_close(values, golden[f"{case}/value"], "value")
     assert_close(grads, golden[f"{case}/grad"], "gradient")

@@ -65,20 +65,31 @@ class Case:
         for leaf, expected in self.tree(prefix, *index).items():
             assert_close(actual[leaf], expected, f"{prefix} {leaf} {index}", self.tolerance)
 
-    def run(self, tx, state=None, extra_args=lambda t, params, state: {}, after=None):
-        """Steps through the file; `extra_args` and `after` see each step."""
+    def run(self, tx, state=None, numbers=lambda t, params: {}, extra_args=None, after=None):
+        """Steps through the file.
+
+        `numbers` are what step t has besides its batch, from which `extra_args` makes the
+        arguments of `update`; `after` sees each step's state.
+        """
+
+        @jax.jit
+        def step(params, state, base_state, batch, numbers):
+            ascent = jax.grad(self.loss)(params, batch)
+            arguments = {"loss_fn": functools.partial(self.loss, batch=batch)}
+            if extra_args is not None:
+                arguments |= extra_args(batch, ascent, numbers)
+            grads, state = tx.update(ascent, state, params, **arguments)
+            updates, base_state = self.base.update(grads, base_state, params)
+            return grads, optax.apply_updates(params, updates), state, base_state
+
         params = self.tree("init")
         state = tx.init(params) if state is None else state
         base_state = self.base.init(params)
         for t in range(len(self.golden["batch/x"])):
-            batch = self.batch(t)
-            ascent = jax.grad(self.loss)(params, batch)
-            arguments = {"loss_fn": functools.partial(self.loss, batch=batch)}
-            arguments |= extra_args(t, params, state)
-            grads, state = tx.update(ascent, state, params, **arguments)
+            grads, params, state, base_state = step(
+                params, state, base_state, self.batch(t), numbers(t, params)
+            )
             self.check(grads, "descent_grad", t)
-            updates, base_state = self.base.update(grads, base_state, params)
-            params = optax.apply_updates(params, updates)
             self.check(params, "traj", t + 1)
             if after is not None:
                 after(t, state)
@@ -113,7 +124,9 @@ def test_tilted(name, together):
         h["rho"], h["tilt"], h["num_samples"], h["radius"], h["scaling"], together=together
     )
     case.run(
-        tx, extra_args=lambda t, params, state: {"noise": case.tree("noise_standard_normal", t)}
+        tx,
+        numbers=lambda t, params: case.tree("noise_standard_normal", t),
+        extra_args=lambda batch, ascent, noise: {"noise": noise},
     )
 
 
@@ -127,31 +140,33 @@ def test_sparse_fisher_with_the_stale_gradient_of_the_published_code():
     start = tx.init(case.tree("init"))
     state = optax.tree.set(start, fisher_count=jnp.asarray(every - 1, jnp.int32))
 
+    @jax.jit
+    def gradient(params, x, y):
+        def cross_entropy(params):
+            logits, _ = logits_and_stats(params, x[None])
+            return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y[None])[0]
+
+        return jax.grad(cross_entropy)(params)
+
     def scores(t, params):
+        if t - 1 not in updates_after:
+            return params  # not looked at
         number = list(updates_after).index(t - 1)
         x, y = case.golden["fisher/x"][number], case.golden["fisher/y"][number]
-
-        def cross_entropy(params, i):
-            logits, _ = logits_and_stats(params, jnp.asarray(x[i : i + 1]))
-            return optax.losses.softmax_cross_entropy_with_integer_labels(logits, y[i : i + 1])[0]
-
-        gradients = [jax.grad(cross_entropy)(params, i) for i in range(len(x))]
+        gradients = [gradient(params, *example) for example in zip(x, y, strict=True)]
         gradients[0] = optax.tree.add(gradients[0], case.tree("descent_grad", t - 1))
         squares = [jax.tree.map(jnp.square, gradient) for gradient in gradients]
         return functools.reduce(optax.tree.add, squares)
 
-    def extra_args(t, params, state):
-        case.check_mask = case.tree("mask", t)
-        if t - 1 in updates_after:
-            return {"fisher_scores_fn": lambda params: scores(t, params)}
-        return {"fisher_scores_fn": lambda params: params}
+    def extra_args(batch, ascent, scores):
+        return {"fisher_scores_fn": lambda params: scores}
 
     def after(t, state):
         mask = optax.tree.get(state, "fisher_mask")
         for leaf, expected in case.tree("mask", t).items():
             np.testing.assert_array_equal(mask[leaf], expected.astype(bool))
 
-    case.run(tx, state, extra_args, after)
+    case.run(tx, state, scores, extra_args, after)
 
 
 def test_sparse_dynamic():
@@ -167,22 +182,21 @@ def test_sparse_dynamic():
     tx = sparse_sam_dynamic(h["rho"], h["sparsity"], drop_rate, update_every=every)
     masks = jax.tree.map(lambda m: m.astype(bool), case.tree("mask"))
     first = jax.tree.map(lambda m: m[0], masks)
-    state = optax.tree.set(tx.init(case.tree("init")), dynamic_mask=first)
+    state = optax.tree.set(jax.jit(tx.init)(case.tree("init")), dynamic_mask=first)
 
-    def extra_args(t, params, state):
+    def extra_args(batch, ascent, growth_scores):
         # Published here: drop the smallest gradients, grow at random.
-        ascent = jax.grad(case.loss)(params, case.batch(t))
-        return {
-            "drop_scores": jax.tree.map(jnp.abs, ascent),
-            "growth_scores": case.tree("growth_score", t // every),
-        }
+        return {"drop_scores": jax.tree.map(jnp.abs, ascent), "growth_scores": growth_scores}
 
     def after(t, state):
         mask = optax.tree.get(state, "dynamic_mask")
         for leaf in mask:
             np.testing.assert_array_equal(mask[leaf], masks[leaf][t + 1])
 
-    case.run(tx, state, extra_args, after)
+    def growth_scores(t, params):
+        return case.tree("growth_score", t // every)
+
+    case.run(tx, state, growth_scores, extra_args, after)
 
 
 def test_efficient():
@@ -194,8 +208,8 @@ def test_efficient():
     assert (case.golden["selected"].sum(-1) == kept).all()
     tx = efficient_sam(h["rho"], h["beta"], kept / examples)
 
-    def extra_args(t, params, state):
-        x, y = case.batch(t)
+    def extra_args(batch, ascent, numbers):
+        x, y = batch
 
         def example_losses_fn(params, indices):
             chosen = (x, y) if indices is None else (x[indices], y[indices])
@@ -229,21 +243,24 @@ def test_momentum_sam_is_a_step_along_minus_the_momentum():
     tx, base = sam(h["rho"]), optax.sgd(h["lr"], momentum=h["momentum"])
     params = case.tree("clean_traj", 0)
     state, base_state = tx.init(params), base.init(params)
-    for t in range(len(case.golden["batch/x"])):
-        batch = case.batch(t)
+
+    @jax.jit
+    def step(params, state, base_state, batch):
         points = []
 
-        def grad_fn(point, batch=batch, points=points):
+        def grad_fn(point):
             points.append(point)
             # Weight decay at the perturbed weights, as published.
             decay = optax.tree.scale(h["weight_decay"], point)
             return optax.tree.add(jax.grad(case.loss)(point, batch), decay)
 
-        momentum = optax.tree.get(base_state, "trace")
-        ascent = optax.tree.scale(-1.0, momentum)
+        ascent = optax.tree.scale(-1.0, optax.tree.get(base_state, "trace"))
         grads, state = tx.update(ascent, state, params, grad_fn=grad_fn)
-        case.check(points[0], "traj", t)
         updates, base_state = base.update(grads, base_state)
-        params = optax.apply_updates(params, updates)
+        return points[0], optax.apply_updates(params, updates), state, base_state
+
+    for t in range(len(case.golden["batch/x"])):
+        point, params, state, base_state = step(params, state, base_state, case.batch(t))
+        case.check(point, "traj", t)
         case.check(params, "clean_traj", t + 1)
         case.check(optax.tree.get(base_state, "trace"), "momentum_buffer", t)

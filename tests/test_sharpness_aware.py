@@ -7,23 +7,11 @@ import optax
 import pytest
 
 from bisam_jax import adaptive_l2_ball, asam, bisam, l2_ball, sam, sharpness_aware
+from tests.quadratic import A, B, C, W, gradient, linear, quadratic
 
-# L(w) = w A w / 2 - b w, with gradient A w - b; Q(w) = c w, with gradient c.
-A = np.array([[3.0, 1.0], [1.0, 2.0]])
-B = np.array([1.0, -1.0])
-C = np.array([-5.0, 12.0])
-W = np.array([0.5, 2.0])
-GRADIENT = A @ W - B
+GRADIENT = gradient(W)
 
 pytestmark = pytest.mark.usefixtures("float64")
-
-
-def quadratic(w):
-    return 0.5 * w @ jnp.asarray(A) @ w - jnp.asarray(B) @ w
-
-
-def linear(w):
-    return jnp.asarray(C) @ w
 
 
 def descent(tx, **extra_args):
@@ -142,8 +130,8 @@ def test_grads_are_not_looked_at_when_the_perturbation_loss_is_given():
 def test_adaptive_scales_follow_the_current_parameters():
     tx = sharpness_aware(adaptive_l2_ball(0.3, eta=0.0))
     moved = jnp.asarray(2 * W)
-    gradient = A @ (2 * W) - B
+    g = gradient(2 * W)
     size = 2 * np.abs(W)
-    expected = A @ (2 * W + 0.3 * size**2 * gradient / np.linalg.norm(size * gradient)) - B
-    actual, _ = tx.update(jnp.asarray(gradient), tx.init(W), moved, loss_fn=quadratic)
+    expected = A @ (2 * W + 0.3 * size**2 * g / np.linalg.norm(size * g)) - B
+    actual, _ = tx.update(jnp.asarray(g), tx.init(W), moved, loss_fn=quadratic)
     np.testing.assert_allclose(actual, expected, rtol=1e-12)

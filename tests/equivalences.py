@@ -1,0 +1,65 @@
+"""Two ways to one result, for the tests of single methods."""
+
+import functools
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+
+from bisam_jax import sam, value_and_grad
+from tests.compiled import quick_jit
+from tests.methods import largest_weights
+from tests.problems import (
+    loss_of_batch,
+    mlp_batch,
+    mlp_params,
+    perturbation_loss_of_batch,
+)
+
+PARAMS, BATCH = mlp_params(), mlp_batch()
+
+each_size = pytest.mark.parametrize("sizes", [{}, {"microbatch_size": 4}, {"group_size": 16}])
+
+
+def batch_loss(params):
+    return loss_of_batch(params, BATCH)
+
+
+def batch_perturbation_loss(params):
+    return perturbation_loss_of_batch(params, BATCH)
+
+
+@functools.partial(quick_jit, static_argnames=("tx", "q"))
+def update(tx, state, params, q=None):
+    return tx.update(
+        jax.grad(batch_loss)(params),
+        state,
+        params,
+        loss_fn=batch_loss,
+        perturbation_loss_fn=q,
+        fisher_scores_fn=largest_weights,
+    )
+
+
+SAM = sam(0.3)
+
+
+def assert_is_sam(tx):
+    """`tx` does what SAM with a radius of 0.3 does, in its first two steps."""
+    state = tx.init(PARAMS)
+    for scale in (1.0, 0.5):
+        params = optax.tree.scale(scale, PARAMS)
+        actual, state = update(tx, state, params)
+        expected, _ = update(SAM, SAM.init(params), params)
+        chex.assert_trees_all_close(actual, expected, rtol=2e-5, atol=1e-6)
+
+
+def assert_bilevel_through_value_and_grad(tx, sizes):
+    """`value_and_grad` gives `tx` all that it needs to ascend Q, in whatever parts."""
+    step = quick_jit(value_and_grad(tx, loss_of_batch, perturbation_loss_of_batch, **sizes))
+    value, grads, _ = step(PARAMS, tx.init(PARAMS), BATCH)
+    expected, _ = update(tx, tx.init(PARAMS), PARAMS, batch_perturbation_loss)
+    chex.assert_trees_all_close(grads, expected, rtol=5e-5, atol=1e-6)
+    np.testing.assert_allclose(value, batch_perturbation_loss(PARAMS), rtol=1e-5)
