@@ -1,6 +1,7 @@
 """The items of a sequence, made ahead of time by worker processes."""
 
 import collections
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -34,7 +35,8 @@ def made_ahead(items: Any, workers: int) -> Iterator[Any]:
     pending: collections.deque[futures.Future] = collections.deque()
     try:
         for index in range(len(items)):
-            pending.append(pool.submit(_item, index))
+            with _signals_held_back():
+                pending.append(pool.submit(_item, index))
             if len(pending) > 2 * workers:
                 yield pending.popleft().result()
         while pending:
@@ -43,12 +45,23 @@ def made_ahead(items: Any, workers: int) -> Iterator[Any]:
         pool.shutdown(cancel_futures=True)
 
 
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes that start here never see SIGINT and SIGTERM, not even before their first line.
+
+    Both come to all processes of a terminal or a job, and are the parent's to act on: it gets them
+    at the end.
+    """
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 def _start(items: Any) -> None:
     global _items
     _items = items
-    # They come to all processes of a terminal or a job, and are the parent's to act on.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

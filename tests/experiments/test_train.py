@@ -255,9 +255,9 @@ def test_a_missing_data_set_is_one_message_with_the_commands(capsys, tmp_path, m
     monkeypatch.chdir(tmp_path)
     status, out, err = run(capsys, "--dataset", "cifar10", "--data-dir", "data")
     assert (status, out) == (2, "")
-    assert err.startswith("error: there is no cifar10 in data")
+    assert err.startswith(f"error: there is no cifar10 in {tmp_path / 'data'}")
     assert "pip install tensorflow" in err
-    assert "tfds.builder('cifar10', data_dir='data', file_format='array_record')" in err
+    assert f"tfds.builder('cifar10', data_dir='{tmp_path / 'data'}', file_format=" in err
     assert not list(tmp_path.iterdir())
 
 
