@@ -1,7 +1,8 @@
 """What the training loop adds to the bare training step.
 
-The loop picks the examples, augments them and fetches the losses; the bare step is the same jitted
-step, called again and again on one batch that is ready. They take turns, an epoch each.
+The loop picks the examples and fetches the losses; the bare step is the same jitted step,
+augmentation included, called again and again on one batch that is ready. They take turns, an epoch
+each.
 """
 
 import statistics
@@ -34,7 +35,7 @@ def measure(network: str, batch_size: int, rounds: int) -> list[dict[str, Any]]:
     dataset = _random_images(STEPS_PER_EPOCH * batch_size)
     rows = []
     for name, options in AUGMENTATIONS.items():
-        config = Config(model=network, batch_size=batch_size, **options)  # type: ignore[arg-type]
+        config = Config(model=network, batch_size=batch_size, devices=1, **options)  # type: ignore[arg-type]
         loop, bare = _seconds_per_step(Experiment(config, dataset), batch_size, rounds)
         rows.append(
             {
@@ -61,10 +62,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _seconds_per_step(experiment: Experiment, batch_size: int, rounds: int) -> tuple[float, float]:
     launch = experiment.compile()
     bare = jax.jit(experiment.step(), donate_argnums=0)
-    batch = data.Split(
-        jax.random.normal(jax.random.key(0), (batch_size, *experiment.dataset.image_shape)),
-        jnp.arange(batch_size, dtype=jnp.int32) % experiment.dataset.classes,
-    )
+    batch = jax.tree.map(lambda x: x[:batch_size], experiment.dataset.train)
     states = [jax.tree.map(jnp.copy, experiment.state) for _ in range(2)]
     seconds: list[list[float]] = [[], []]
     for number in range(rounds + 1):

@@ -27,6 +27,9 @@ OTHER_DATASETS = {**_IMAGES, "crop_padding": 0, "flip": True}
 # Methods whose step needs more than gradients of a batch.
 NOT_IN_PARTS = ("efficient", "sparse-fisher", "sampa")
 
+# What says where a run is computed, and changes nothing but the rounding of its numbers.
+PLACES = ("devices", "parallelism", "fsdp")
+
 FLOAT32_MAX = 3.4e38
 
 
@@ -152,6 +155,14 @@ class Config:
     """Compute on so many examples at a time, to save memory (default: the batch)."""
     seed: int = 0
     """Of everything random but the split, which is always the same."""
+    devices: int | None = None
+    """Share a batch over so many devices, of each process (default: all)."""
+    parallelism: Literal["jit", "shard_map", "pmap"] = "jit"
+    """How: one program for all devices, or one for each."""
+    fsdp: int = 1
+    """Split parameters and optimizer state over so many of the devices."""
+    batch_statistics: Literal["synchronised", "per-device"] = "synchronised"
+    """Batch normalisation over the whole batch, or over each device's part (not with jit)."""
     label_noise: float = 0.0
     """Share of the training and validation labels replaced by another class."""
     workers: int | None = None
@@ -253,7 +264,7 @@ _RANGES = {
     **dict.fromkeys(("num_samples", "update_every"), (1, math.inf)),
     **dict.fromkeys(("epochs", "train_examples", "image_size"), (1, math.inf)),
     **dict.fromkeys(("group_size", "microbatch_size", "batch_size"), (2, math.inf)),
-    **dict.fromkeys(("checkpoint_every", "keep_checkpoints"), (1, math.inf)),
+    **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "devices", "fsdp"), (1, math.inf)),
     **dict.fromkeys(("crop_padding", "workers"), (0, math.inf)),
     **dict.fromkeys(("label_noise", "label_smoothing", "cutout"), (0, 1)),
     "seed": (0, 2**32 - 1),

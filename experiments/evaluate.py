@@ -34,6 +34,10 @@ class Arguments:
     """Of the checkpoint (default: the best epoch's)."""
     data_dir: Path | None = None
     """Where TFDS has prepared the data set, if not where it was in training."""
+    devices: int | None = None
+    """So many devices (default: as in training, all if it said nothing)."""
+    fsdp: int | None = None
+    """Split parameters over so many of them (default: as in training)."""
 
 
 def accuracy_and_loss(experiment: Experiment, state: TrainState) -> dict[str, Any]:
@@ -61,7 +65,9 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
         CheckpointError: if the checkpoint cannot be read.
     """
     config = train.load_config(arguments.run)
-    config = dataclasses.replace(config, data_dir=arguments.data_dir or config.data_dir)
+    names = ("data_dir", "devices", "fsdp")
+    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
+    config = dataclasses.replace(config, **given)
     folder = runs.RunFolder(arguments.run)
     if not folder.checkpoints.is_dir():
         raise ArgumentError(f"{arguments.run} has no checkpoints: it was stopped before the first")

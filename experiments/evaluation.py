@@ -1,5 +1,6 @@
 """Accuracy and loss of a model on a split, in batches."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 
 from experiments.data import Split, Stream
+from experiments.layout import Layout
 
 
 class Evaluation(NamedTuple):
@@ -27,17 +29,21 @@ def make_evaluate(
     apply: Callable[..., tuple[jax.Array, Any]],
     normalise: Callable[[jax.Array], jax.Array],
     batch_size: int,
+    layout: Layout,
 ) -> Callable[[Any, Any, Split | Stream], Evaluation]:
     """`evaluate(params, stats, split)` with the running statistics and without dropout.
 
     Args:
         apply: the model.
         normalise: from stored images to the model's.
-        batch_size: examples that are in memory at once; the results do not depend on it.
+        batch_size: about how many examples are in memory at once; the results do not depend on it.
+        layout: of the batches over the devices.
     """
+    batch_size = -(-batch_size // layout.parts) * layout.parts
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=layout.whole)
     def sums(params: Any, stats: Any, images: jax.Array, labels: jax.Array, counted: jax.Array):
+        images, labels, counted = layout.constrained((images, labels, counted))
         logits, _ = apply(params, stats, normalise(images), train=False)
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
         right = logits.argmax(-1) == labels
@@ -46,7 +52,7 @@ def make_evaluate(
         return jnp.where(counted, jnp.stack([right, losses]), 0).sum(-1)
 
     def evaluate(params: Any, stats: Any, split: Split | Stream) -> Evaluation:
-        totals = [sums(params, stats, *batch) for batch in _batches(split, batch_size)]
+        totals = [sums(params, stats, *batch) for batch in _batches(split, batch_size, layout)]
         sum_ = np.sum([np.asarray(total, np.float64) for total in totals], axis=0)
         accuracy, loss = sum_ / num_examples(split)
         return Evaluation(float(accuracy), float(loss))
@@ -59,16 +65,24 @@ def num_examples(split: Split | Stream) -> int:
     return len(split) if isinstance(split, Stream) else len(split.labels)
 
 
-def _batches(split: Split | Stream, size: int) -> Iterator[tuple[Any, Any, np.ndarray]]:
+def _batches(
+    split: Split | Stream, size: int, layout: Layout
+) -> Iterator[tuple[Any, Any, np.ndarray]]:
     """Images, labels and which of them count: all batches of a split have one size."""
+    examples = num_examples(split)
     if isinstance(split, Stream):
-        for images, labels in split.batches(size):
-            missing = size - len(labels)
-            padded = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
-            yield padded, np.pad(labels, (0, missing)), np.arange(size) < len(labels)
+        here = layout.rows_here(size)
+        for number, rows in enumerate(split.batches(size, here)):
+            filled = jax.tree.map(lambda x: _padded(x, len(here)), rows)
+            counted = np.arange(size) < examples - number * size
+            yield *layout.batch(filled, size), counted
         return
-    examples = len(split.labels)
-    size = min(size, examples)
+    size = min(size, -(-examples // layout.parts) * layout.parts)
+    if examples < size:
+        # Devices share batches evenly.
+        filled = Split(*(_padded(x, size) for x in split))
+        yield *filled, np.arange(size) < examples
+        return
     for first in range(0, examples, size):
         start = min(first, examples - size)
         yield (
@@ -76,3 +90,9 @@ def _batches(split: Split | Stream, size: int) -> Iterator[tuple[Any, Any, np.nd
             jax.lax.dynamic_slice_in_dim(split.labels, start, size),
             np.arange(start, start + size) >= first,
         )
+
+
+def _padded(x: Any, size: int) -> Any:
+    """`x` with a first axis of `size`, filled up with zeros."""
+    pad = np.pad if isinstance(x, np.ndarray) else jnp.pad
+    return pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1))

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import augmentation, data, evaluation, launches, methods, models, training
+from experiments import augmentation, data, evaluation, launches, layout, methods, models, training
 from experiments.config import ArgumentError, Config
+from experiments.parallelism import devices_of, over_devices
 
 CUTOUT_LENGTH = 16
 # Enough for the host never to be waited for, and few enough for a signal not to wait long.
@@ -26,7 +27,8 @@ class Experiment:
 
     Attributes:
         config: with every default filled in.
-        dataset: its splits on the device, if they fit.
+        layout: over the devices.
+        dataset: its splits on every device, if they fit.
         state: the state before the first step.
         steps_per_epoch: without the incomplete last batch.
         evaluate: see :func:`experiments.evaluation.make_evaluate`.
@@ -56,29 +58,44 @@ class Experiment:
                 f"got {config.batch_size}"
             )
         self.config = config.with_epochs_of(self.steps_per_epoch)
+        self.layout = layout.layout_of(config)
         self.dataset = dataset._replace(
-            train=_on_device(dataset.train),
-            validation=_on_device(dataset.validation),
-            test=_on_device(dataset.test),
+            train=self._on_devices(dataset.train),
+            validation=self._on_devices(dataset.validation),
+            test=self._on_devices(dataset.test),
         )
         # Keys of their own, so that nothing drawn for one purpose is drawn for another.
         init_key, method_key, key = jax.random.split(jax.random.key(config.seed), 3)
-        init, self._apply = _model(config, dataset)
-        params, stats = init(init_key)
-        self._method = _method(self.config, self.total_steps, method_key)
+        self._init, self._apply = _model(config, dataset, self._statistics_axis)
+        axis = layout.gradient_axis(config, self.layout)
+        self._method = _method(self.config, self.total_steps, method_key, axis)
         self._prepare = _prepare(self.config, self.dataset)
-        stored = data.Split(
-            jax.ShapeDtypeStruct((self.batch_size, *dataset.image_shape), jnp.uint8),
-            jax.ShapeDtypeStruct((self.batch_size,), jnp.int32),
-        )
-        example_batch = jax.eval_shape(self._prepare, key, stored)
-        self.state = training.init_state(params, stats, self._method, example_batch, key)
+        self.state = self.layout.make(lambda: self._first_state(init_key, key))
         streamed = isinstance(dataset.train, data.Stream)
         self.evaluate = evaluation.make_evaluate(
             self._apply,
             _normalise(self.dataset),
             config.microbatch_size or (self.batch_size if streamed else EVALUATION_BATCH_SIZE),
+            self.layout,
         )
+
+    def _on_devices(self, split: data.Split | data.Stream) -> Any:
+        return split if isinstance(split, data.Stream) else self.layout.put(split)
+
+    def _first_state(self, init_key: jax.Array, key: jax.Array) -> training.TrainState:
+        params, stats = self._init(init_key)
+        shape = (self.batch_size, *self.dataset.image_shape)
+        integers = jnp.zeros(shape[:1], jnp.int32)
+        example = training.Batch(jnp.zeros(shape, jnp.float32), integers, integers)
+        return training.init_state(params, stats, self._method, example, key)
+
+    @property
+    def _statistics_axis(self) -> str | None:
+        """Over which the model takes its batch statistics, where a device sees its part alone."""
+        config = self.config
+        # In groups, statistics are those of a group.
+        synchronised = config.batch_statistics == "synchronised" and config.group_size is None
+        return layout.DATA if config.parallelism != "jit" and synchronised else None
 
     @property
     def total_steps(self) -> int:
@@ -91,31 +108,43 @@ class Experiment:
         if isinstance(train, data.Stream):
             return launches.Streamed(
                 step,
-                self._prepare,
                 self.state,
                 train,
                 self.dataset.image_shape,
                 self.batch_size,
                 self.config.seed,
                 self.config.epochs or 0,
+                self.layout,
             )
         # XLA on CPU runs convolutions inside a loop many times slower.
         alone = jax.default_backend() == "cpu" and self.convolutional
         at_once = 1 if alone else min(STEPS_AT_ONCE, self.steps_per_epoch)
-        return launches.InMemory(step, self._prepare, self.state, train, self.batch_size, at_once)
+        return launches.InMemory(step, self.state, train, self.batch_size, at_once, self.layout)
 
-    def step(self) -> training.Step:
-        """The training step, on a prepared batch."""
+    def step(self) -> training.StepOnStored:
+        """The training step, on stored images and over all devices."""
+        step = over_devices(self._step_of_one(), self.config.parallelism, self.layout)
+        return lambda state, stored: step(state, training.prepared(stored, self._prepare, state))
+
+    def _step_of_one(self) -> training.Step:
         config = self.config
         loss = training.cross_entropy(config.label_smoothing)
+        devices = devices_of(
+            config.parallelism,
+            self.layout,
+            shared_statistics=self._statistics_axis is not None,
+        )
         if config.group_size is None and config.microbatch_size is None:
-            return training.make_step(self._apply, self._method, loss)
+            return training.make_step(self._apply, self._method, loss, devices)
+        in_one_program = config.parallelism == "jit"
+        seen = 1 if in_one_program else self.layout.parts
         return training.make_step_in_parts(
             self._apply,
             self._method,
             loss,
             group_size=config.group_size,
-            microbatch_size=config.microbatch_size,
+            microbatch_size=config.microbatch_size and config.microbatch_size // seen,
+            devices=devices,
         )
 
     @property
@@ -124,16 +153,22 @@ class Experiment:
         return models.ARCHITECTURES[self.config.model or ""].convolutional
 
 
-def _model(config: Config, dataset: data.Dataset) -> tuple[models.Init, models.Apply]:
+def _model(
+    config: Config, dataset: data.Dataset, statistics_axis: str | None
+) -> tuple[models.Init, models.Apply]:
     assert config.model is not None
     shape, dtype = dataset.image_shape, jnp.dtype(config.precision)
     try:
-        return models.build(config.model, shape, dataset.classes, dtype=dtype)
+        return models.build(
+            config.model, shape, dataset.classes, dtype=dtype, axis_name=statistics_axis
+        )
     except ValueError as error:
         raise ArgumentError(f"--model {config.model}: {error}") from error
 
 
-def _method(config: Config, total_steps: int, key: jax.Array) -> methods.Method:
+def _method(
+    config: Config, total_steps: int, key: jax.Array, gradient_axis: str | None
+) -> methods.Method:
     assert config.perturbation is not None
     assert config.learning_rate is not None
     assert config.weight_decay is not None
@@ -146,26 +181,21 @@ def _method(config: Config, total_steps: int, key: jax.Array) -> methods.Method:
             optax.sgd(schedule, momentum=config.momentum),
         )
     values = dataclasses.asdict(config)
-    return methods.make(config.method, config.perturbation, optimizer, values, key)
-
-
-def _on_device(split: Any) -> Any:
-    return split if isinstance(split, data.Stream) else data.on_device(split)
+    return methods.make(config.method, config.perturbation, optimizer, values, key, gradient_axis)
 
 
 def _normalise(dataset: data.Dataset) -> Callable[[jax.Array], jax.Array]:
     return lambda images: augmentation.normalise(images, dataset.mean, dataset.std)
 
 
-def _prepare(config: Config, dataset: data.Dataset) -> launches.Prepare:
+def _prepare(config: Config, dataset: data.Dataset) -> training.Prepare:
     """The recipe's order: crop and flip stored images, normalise, cut out."""
     normalise = _normalise(dataset)
     # Streamed images come cropped at random.
     padding = 0 if isinstance(dataset.train, data.Stream) else config.crop_padding
 
-    def prepare(key: jax.Array, batch: Any) -> data.Split:
+    def prepare(key: jax.Array, images: jax.Array) -> jax.Array:
         crop_key, flip_key, cutout_key = jax.random.split(key, 3)
-        images = batch.images
         if padding:
             images = augmentation.random_crop(crop_key, images, padding)
         if config.flip:
@@ -173,6 +203,6 @@ def _prepare(config: Config, dataset: data.Dataset) -> launches.Prepare:
         images = normalise(images)
         if config.cutout:
             images = augmentation.cutout(cutout_key, images, CUTOUT_LENGTH, config.cutout)
-        return data.Split(images, batch.labels)
+        return images
 
     return prepare

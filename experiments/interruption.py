@@ -6,6 +6,8 @@ import signal
 import threading
 from typing import Any
 
+from jax.experimental import multihost_utils
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -32,6 +34,10 @@ class Interruption:
     def __exit__(self, *exception: object) -> None:
         self._restore()
 
+    def noted(self) -> bool:
+        """Whether a signal came; asked before each launch."""
+        return self.signal is not None
+
     def _note(self, number: int, frame: object) -> None:
         self.signal = signal.Signals(number)
         self._restore()
@@ -43,3 +49,24 @@ class Interruption:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+class SharedInterruption(Interruption):
+    """The same for several processes: a SIGTERM to one of them stops all after the same launch.
+
+    JAX notes it and tells the others. Ctrl-C ends a process as usual, and so the run.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._asked = 0
+
+    def __enter__(self) -> "SharedInterruption":
+        return self
+
+    def noted(self) -> bool:
+        """See :class:`Interruption`; the processes must ask equally often."""
+        self._asked += 1
+        if multihost_utils.reached_preemption_sync_point(self._asked):
+            self.signal = signal.SIGTERM
+        return self.signal is not None

@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.data import Split, Stream
-from experiments.training import Step, TrainState, keys_of
+from experiments.layout import Layout
+from experiments.training import StepOnStored, TrainState, keys_of
 
 _LAUNCHES_AHEAD = 2
-
-Prepare = Callable[[jax.Array, Split], Split]
 
 
 class Launch(Protocol):
@@ -40,22 +39,22 @@ class InMemory:
     An epoch has its own order of the examples; the incomplete last batch is dropped.
 
     Args:
-        step: the training step.
-        prepare: normalises and augments a batch, with a key of the step's own.
+        step: the training step on stored images.
         state: gives shapes and types.
-        data: the training split, on the device.
+        data: the training split, on every device.
         batch_size: at most the number of examples.
         steps_at_once: the longest launch. With one there is no loop in the program.
+        layout: of state and batches over the devices.
     """
 
     def __init__(
         self,
-        step: Step,
-        prepare: Prepare,
+        step: StepOnStored,
         state: TrainState,
         data: Split,
         batch_size: int,
         steps_at_once: int,
+        layout: Layout,
     ) -> None:
         self.steps_at_once = steps_at_once
         self._data = data
@@ -68,9 +67,9 @@ class InMemory:
             return permutation[: steps_per_epoch * batch_size].reshape(steps_per_epoch, batch_size)
 
         def one(state: TrainState, data: Split, order: jax.Array, number: jax.Array) -> tuple:
-            indices = order[number % steps_per_epoch]
-            batch = jax.tree.map(lambda x: x[indices], data)
-            return step(state, prepare(_augmentation_key(state), batch))
+            # Each device takes the rows of its own.
+            indices = layout.constrained(order[number % steps_per_epoch])
+            return step(state, layout.constrained(jax.tree.map(lambda x: x[indices], data)))
 
         def single(state: TrainState, data: Split, order: jax.Array, start: Any, _: Any) -> tuple:
             state, loss = one(state, data, order, start)
@@ -88,19 +87,20 @@ class InMemory:
             losses = jnp.zeros(steps_at_once, jnp.float32)
             return jax.lax.fori_loop(start, stop, body, (state, losses))
 
-        self._order_of = jax.jit(order_of)
-        self._order = self._order_of(state, jnp.int32(0))
-        launch = jax.jit(single if steps_at_once == 1 else several, donate_argnums=0)
-        number = jnp.int32(0)
-        self.compiled = launch.lower(state, data, self._order, number, number).compile()
+        self._order_of = jax.jit(order_of, out_shardings=layout.whole)
+        self._order = self._order_of(state, np.int32(0))
+        launch = layout.jit(single if steps_at_once == 1 else several, state)
+        number = np.int32(0)
+        with layout.context():
+            self.compiled = launch.lower(state, data, self._order, number, number).compile()
 
     def __call__(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, jax.Array]:
         """See :class:`Launch`."""
         epoch = start // self._steps_per_epoch
         if epoch != self._epoch:
-            self._order, self._epoch = self._order_of(state, jnp.int32(epoch)), epoch
+            self._order, self._epoch = self._order_of(state, np.int32(epoch)), epoch
         state, losses = self.compiled(
-            state, self._data, self._order, jnp.int32(start), jnp.int32(stop)
+            state, self._data, self._order, np.int32(start), np.int32(stop)
         )
         return state, losses
 
@@ -109,49 +109,52 @@ class Streamed:
     """Launches of one step on batches that come from the host; compiled once, when made.
 
     Args:
-        step: the training step.
-        prepare: normalises and augments a batch, with a key of the step's own.
+        step: the training step on stored images.
         state: gives shapes and types.
         data: the training split.
         image_shape: height, width, channels.
         batch_size: at most the number of examples.
         seed: of the examples' order and of the crops.
         epochs: of the run.
+        layout: of state and batches over the devices.
     """
 
     steps_at_once = 1
 
     def __init__(
         self,
-        step: Step,
-        prepare: Prepare,
+        step: StepOnStored,
         state: TrainState,
         data: Stream,
         image_shape: tuple[int, ...],
         batch_size: int,
         seed: int,
         epochs: int,
+        layout: Layout,
     ) -> None:
         def single(state: TrainState, batch: Split) -> tuple:
-            state, loss = step(state, prepare(_augmentation_key(state), batch))
+            state, loss = step(state, batch)
             return state, loss[None]
 
         def batches_from(first_step: int) -> Iterator[Split]:
-            return data.training_batches(batch_size, seed, first_step=first_step, epochs=epochs)
+            here = layout.rows_here(batch_size)
+            rows = data.training_batches(batch_size, seed, first_step, epochs, here)
+            return (layout.batch(batch, batch_size) for batch in rows)
 
         self._batches_from = batches_from
         self._batches: Iterator[Split] | None = None
         shapes = Split(
-            jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8),
-            jax.ShapeDtypeStruct((batch_size,), jnp.int32),
+            jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8, sharding=layout.split),
+            jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=layout.split),
         )
-        self.compiled = jax.jit(single, donate_argnums=0).lower(state, shapes).compile()
+        with layout.context():
+            self.compiled = layout.jit(single, state).lower(state, shapes).compile()
 
     def __call__(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, jax.Array]:
         """See :class:`Launch`."""
         if self._batches is None:
             self._batches = self._batches_from(start)
-        return self.compiled(state, jax.device_put(next(self._batches)))
+        return self.compiled(state, next(self._batches))
 
 
 def run(
@@ -189,7 +192,3 @@ def run(
     while under_way:
         note_next()
     return state, start
-
-
-def _augmentation_key(state: TrainState) -> jax.Array:
-    return jax.random.fold_in(keys_of(state).augmentation, state.step)

@@ -71,6 +71,7 @@ def make(
     optimizer: optax.GradientTransformation,
     hyperparameters: dict[str, Any],
     key: jax.Array | int = 0,
+    gradient_axis: str | None = None,
 ) -> Method:
     """The method `name`, ascending `perturbation`, before the base `optimizer`.
 
@@ -80,6 +81,7 @@ def make(
         optimizer: the base optimizer.
         hyperparameters: values for the names in both, possibly traced.
         key: for the methods that draw at random.
+        gradient_axis: of the mesh, over which sampa's two gradients lie.
     """
     loss = _perturbation_loss(perturbation, hyperparameters)
     h = hyperparameters
@@ -111,7 +113,11 @@ def make(
             transformation = bisam_jax.friendly_sam(h["rho"], h["sigma"], h["decay"])
         case "sampa":
             both = bisam_jax.sampa(
-                optimizer, h["rho"], h["interpolation"], bilevel=loss is not None
+                optimizer,
+                h["rho"],
+                h["interpolation"],
+                bilevel=loss is not None,
+                gradient_axis=gradient_axis,
             )
             return Method(both, optax.identity(), loss, needs_previous_batch=True)
         case _:

@@ -13,8 +13,9 @@ import numpy as np
 import tqdm
 
 import bisam_jax
-from experiments import evaluation, launches, memory, runs
+from experiments import evaluation, launches, memory, processes, runs
 from experiments.checkpoints import UNKNOWN, CheckpointError, Checkpoints
+from experiments.config import PLACES
 from experiments.experiment import Experiment
 from experiments.interruption import Interruption
 
@@ -69,7 +70,8 @@ class Run:
     def _identity(self) -> dict[str, Any]:
         """What a run that goes on must not have changed."""
         values = dataclasses.asdict(self.config)
-        for name in ("output", "data_dir", "workers", "checkpoint_every", "keep_checkpoints"):
+        here = ("output", "data_dir", "workers", "checkpoint_every", "keep_checkpoints")
+        for name in here + PLACES:
             del values[name]
         return values | {"steps_per_epoch": self.experiment.steps_per_epoch}
 
@@ -95,7 +97,7 @@ class Run:
                     self.step,
                     min(epoch_end, checkpoint),
                     lambda losses: self._note(losses, bar),
-                    lambda: interruption.signal is not None,
+                    interruption.noted,
                 )
                 self.seconds_in_epoch += time.perf_counter() - begun
                 if self.step == epoch_end:
@@ -206,6 +208,8 @@ class Run:
             "compile_seconds": round(self.compile_seconds, 2),
             "peak_memory_bytes": memory.peak_bytes(),
             "device": jax.devices()[0].device_kind,
+            "devices": self.experiment.layout.mesh.size,
+            "processes": jax.process_count(),
             "versions": {"bisam_jax": bisam_jax.__version__, "jax": jax.__version__},
         }
         self.folder.write_json("summary.json", summary)
@@ -219,7 +223,13 @@ class Run:
 @contextlib.contextmanager
 def _progress_bar(total: int, initial: int) -> Iterator[tqdm.tqdm]:
     """On standard error, which may be gone when it is closed."""
-    bar = tqdm.tqdm(total=total, initial=initial, unit="step", file=sys.stderr)
+    bar = tqdm.tqdm(
+        total=total,
+        initial=initial,
+        unit="step",
+        file=sys.stderr,
+        disable=not processes.is_first(),
+    )
     try:
         yield bar
     finally:

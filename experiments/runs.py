@@ -31,10 +31,16 @@ COLUMNS: tuple[str, ...] = (
 
 
 class RunFolder:
-    """The files of one run, but for its checkpoints; see :meth:`create` for a new one."""
+    """The files of one run, but for its checkpoints; see :meth:`create` for a new one.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the folder.
+        writes: whether anything is written; of several processes one does.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path = path.resolve()
+        self._writes = writes
         self.checkpoints = self.path / "checkpoints"
         self.metrics: list[dict[str, Any]] = []
         self._events: tensorboardX.SummaryWriter | None = None
@@ -59,6 +65,8 @@ class RunFolder:
         Raises:
             BlockingIOError: if another process has it.
         """
+        if not self._writes:
+            return
         self._lock = (self.path / "config.json").open()
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,6 +91,9 @@ class RunFolder:
         An interrupted run may have written epochs after its last checkpoint.
         """
         self.metrics = []
+        if not self._writes:
+            self.metrics += rows
+            return
         self._write("metrics.csv", ",".join(COLUMNS) + "\n")
         if self._events is not None:
             self._events.close()
@@ -93,16 +104,19 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """Adds one epoch, with the columns of `COLUMNS`."""
-        assert self._events is not None
+        self.metrics.append(row)
+        if self._events is None:
+            return
         with (self.path / "metrics.csv").open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
         for name in COLUMNS[2:]:
             self._events.add_scalar(name, row[name], row["step"])
         self._events.flush()
-        self.metrics.append(row)
 
     def draw_curves(self) -> None:
         """Draws curves.png from the metrics so far."""
+        if not self._writes:
+            return
         epochs = [row["epoch"] for row in self.metrics]
         figure = matplotlib.figure.Figure(figsize=(8, 3), layout="constrained")
         left, right = figure.subplots(1, 2)
@@ -120,6 +134,8 @@ class RunFolder:
                 file.close()
 
     def _write(self, name: str, text: str) -> None:
+        if not self._writes:
+            return
         temporary = self.path / f"{name}.tmp"
         temporary.write_text(text)
         os.replace(temporary, self.path / name)

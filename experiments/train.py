@@ -14,16 +14,19 @@ is the recipe of BiSAM's authors, for a GPU or TPU. A run that was stopped goes 
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import command_line, data, runs
+import jax
+
+from experiments import command_line, data, processes, runs
 from experiments.checkpoints import CheckpointError
-from experiments.config import ArgumentError, Config
+from experiments.config import PLACES, ArgumentError, Config
 from experiments.experiment import Experiment
-from experiments.interruption import Interruption
+from experiments.interruption import Interruption, SharedInterruption
 from experiments.presets import PRESETS
 from experiments.run import NonFiniteLossError, Run
 
@@ -49,11 +52,14 @@ def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
         if summary.get("status") == "finished":
             return summary
     with contextlib.ExitStack() as stack:
-        interruption = stack.enter_context(Interruption())
-        if resume is None and config.output is not None:
-            _check_output(config.output)  # before the data is read
+        shared = jax.process_count() > 1
+        interruption = stack.enter_context(SharedInterruption() if shared else Interruption())
+        if resume is None:
+            processes.from_first(lambda: _check_output(config.output))  # before the data is read
         experiment = Experiment(config)
         folder = stack.enter_context(contextlib.closing(_open(experiment.config, resume)))
+        if shared:
+            stack.enter_context(processes.last_words(_LAST_WORDS.format(folder.path)))
         values = _as_json(experiment.config)
         print(" ".join(f"{name}={value}" for name, value in values.items()))
         run = stack.enter_context(contextlib.closing(Run(experiment, folder)))
@@ -65,25 +71,41 @@ def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
             raise
 
 
-def _check_output(path: Path) -> None:
-    try:
-        runs.check_new(path)
-    except OSError as error:
-        raise ArgumentError(f"--output must be a new folder: {error}") from error
+_LAST_WORDS = (
+    "error: this process was ended; if JAX says above that a task died or cannot be reached, "
+    "another process of the run is gone. Start all of them again with --resume {}: the run goes "
+    "on from its last checkpoint\n"
+)
+
+
+def _check_output(path: Path | None) -> str:
+    if path is not None:
+        try:
+            runs.check_new(path)
+        except OSError as error:
+            raise ArgumentError(f"--output must be a new folder: {error}") from error
+    return ""
 
 
 def _open(config: Config, resume: Path | None) -> runs.RunFolder:
-    """The folder to write to, locked."""
-    assert config.output is not None
-    try:
-        if resume is None:
-            folder = runs.RunFolder.create(config.output, _as_json(config))
-        else:
-            folder = runs.RunFolder(resume)
-        folder.lock()
-    except OSError as error:
-        raise ArgumentError(f"--output must be a folder to write to: {error}") from error
-    return folder
+    """The folder to write to, made and locked by the first process."""
+    opened = []
+
+    def open_() -> str:
+        assert config.output is not None
+        try:
+            if resume is None:
+                folder = runs.RunFolder.create(config.output, _as_json(config))
+            else:
+                folder = runs.RunFolder(resume)
+            folder.lock()
+        except OSError as error:
+            raise ArgumentError(f"--output must be a folder to write to: {error}") from error
+        opened.append(folder)
+        return str(folder.path)
+
+    path = Path(processes.from_first(open_))
+    return opened[0] if opened else runs.RunFolder(path, writes=False)
 
 
 def load_config(run: Path) -> Config:
@@ -115,6 +137,17 @@ class Arguments(Config):
     resume: Path | None = None
     """Go on with this run, as if it had never stopped; it has its configuration already."""
 
+    distributed: bool = False
+    """Join other processes, each started with this same command; see docs/devices.md."""
+    coordinator_address: str | None = None
+    """Host and port of the first process (default: JAX finds it, as on TPUs and under Slurm)."""
+    num_processes: int | None = None
+    """How many processes there are (default: as above)."""
+    process_id: int | None = None
+    """Which of them this is, from 0 (default: as above)."""
+    heartbeat_timeout: int = 60
+    """Seconds of silence after which a process counts as gone, and the others end."""
+
     def given(self) -> list[str]:
         """The options that are not at their default."""
         fields = dataclasses.fields(Config)
@@ -126,11 +159,13 @@ def _config_of(arguments: Arguments) -> Config:
         fields = dataclasses.fields(Config)
         return Config(**{field.name: getattr(arguments, field.name) for field in fields})
     config = load_config(arguments.resume)
-    if not set(arguments.given()) <= {"data_dir"}:
+    changed = arguments.given()
+    if not set(changed) <= {"data_dir", *PLACES}:
+        kept = ", ".join(f"--{name}" for name in ("data-dir", *PLACES))
         raise ArgumentError(
-            "--resume takes the run's own configuration: remove all other options but --data-dir"
+            f"--resume takes the run's own configuration: remove all other options but {kept}"
         )
-    return dataclasses.replace(config, data_dir=arguments.data_dir or config.data_dir)
+    return dataclasses.replace(config, **{name: getattr(arguments, name) for name in changed})
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -138,7 +173,18 @@ def main(args: Sequence[str] | None = None) -> None:
     presets = {name: Arguments(**dataclasses.asdict(config)) for name, config in PRESETS.items()}
     arguments = command_line.parse(Arguments, __doc__ or "", args, presets)
     try:
-        summary = train(_config_of(arguments), arguments.resume)
+        if arguments.distributed:
+            processes.join(
+                arguments.coordinator_address,
+                arguments.num_processes,
+                arguments.process_id,
+                arguments.heartbeat_timeout,
+            )
+        with contextlib.ExitStack() as stack:
+            if not processes.is_first():
+                silence = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(silence))
+            summary = train(_config_of(arguments), arguments.resume)
     except (ArgumentError, data.DatasetError, CheckpointError) as error:
         command_line.fail(str(error))
     except NonFiniteLossError as error:
@@ -147,6 +193,8 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted: --resume and the run folder go on from here", file=sys.stderr)
         raise SystemExit(130) from None
+    if not processes.is_first():
+        return
     if summary["status"] == "interrupted":
         print(f"saved at step {summary['steps']}: --resume and the run folder go on from here")
         return

@@ -9,7 +9,10 @@ import optax
 
 import bisam_jax
 from experiments.data import Split
+from experiments.devices import OneProgram
 from experiments.methods import Method, PerExampleLoss
+
+ONE_PROGRAM = OneProgram()
 
 
 class TrainState(NamedTuple):
@@ -24,6 +27,21 @@ class TrainState(NamedTuple):
     previous_batch: Any = None
 
 
+class Batch(NamedTuple):
+    """The examples of a step, or a part of them.
+
+    Attributes:
+        images: float32[batch, height, width, channels], normalised and augmented.
+        labels: int32[batch].
+        positions: int32[batch], the examples' places in the whole batch. Dropout draws by them, so
+            that it is the same however the batch is split.
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    positions: jax.Array
+
+
 class Keys(NamedTuple):
     """A run's independent streams of chance: fold in the epoch, or the step."""
 
@@ -32,7 +50,9 @@ class Keys(NamedTuple):
     dropout: jax.Array
 
 
-Step = Callable[[TrainState, Split], tuple[TrainState, jax.Array]]
+Step = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
+StepOnStored = Callable[[TrainState, Split], tuple[TrainState, jax.Array]]
+Prepare = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def keys_of(state: TrainState) -> Keys:
@@ -41,7 +61,7 @@ def keys_of(state: TrainState) -> Keys:
 
 
 def init_state(
-    params: Any, stats: Any, method: Method, example_batch: Split, key: jax.Array
+    params: Any, stats: Any, method: Method, example_batch: Batch, key: jax.Array
 ) -> TrainState:
     """The state before the first step; `example_batch` gives shapes and types."""
     previous = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example_batch)
@@ -68,8 +88,24 @@ def cross_entropy(label_smoothing: float) -> PerExampleLoss:
     return loss
 
 
+def prepared(stored: Split, prepare: Prepare, state: TrainState) -> Batch:
+    """A batch of stored images as the model sees it.
+
+    Args:
+        stored: from the data set.
+        prepare: normalises and augments images, with a key of the step's own.
+        state: tells the step.
+    """
+    key = jax.random.fold_in(keys_of(state).augmentation, state.step)
+    positions = jnp.arange(len(stored.labels), dtype=jnp.int32)
+    return Batch(prepare(key, stored.images), stored.labels, positions)
+
+
 def make_step(
-    apply: Callable[..., tuple[jax.Array, Any]], method: Method, loss: PerExampleLoss
+    apply: Callable[..., tuple[jax.Array, Any]],
+    method: Method,
+    loss: PerExampleLoss,
+    devices: OneProgram = ONE_PROGRAM,
 ) -> Step:
     """A step on one batch; returns the new state and the training loss of the clean pass.
 
@@ -77,39 +113,50 @@ def make_step(
     not computed: it is a function that is not called, or goes unused in the compiled program.
 
     Dropout takes the same key in all passes of a step; batch statistics are the clean pass's.
+
+    Args:
+        apply: the model.
+        method: what is done with the second gradient.
+        loss: the training loss.
+        devices: those that share the batch, each of which runs this step.
     """
     ascended = method.perturbation_loss or loss
 
-    def step(state: TrainState, batch: Split) -> tuple[TrainState, jax.Array]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
         forward = _forward(apply, state)
 
-        def losses_of(params: Any, part: Split) -> jax.Array:
-            return loss(forward(params, part.images)[0], part.labels)
+        def losses_of(params: Any, part: Batch) -> jax.Array:
+            return loss(forward(params, part)[0], part.labels)
 
-        def mean_ascended(params: Any, part: Split) -> tuple[jax.Array, Any]:
-            logits, stats = forward(params, part.images)
-            return ascended(logits, part.labels).mean(), (logits, stats)
+        def mean_ascended(params: Any, part: Batch) -> tuple[jax.Array, Any]:
+            logits, stats = forward(devices.enter(params), part)
+            return devices.mean(ascended(logits, part.labels).mean()), (logits, stats)
 
-        def mean_loss(params: Any, part: Split) -> jax.Array:
-            return losses_of(params, part).mean()
+        def mean_loss(params: Any, part: Batch) -> jax.Array:
+            return devices.mean(losses_of(devices.enter(params), part).mean())
 
-        def loss_of_one(params: Any, example: Split) -> jax.Array:
+        def loss_of_one(params: Any, example: Batch) -> jax.Array:
             # A batch of one has no statistics: the running ones.
             logits, _ = apply(params, state.stats, example.images, train=False)
             return loss(logits, example.labels).mean()
 
+        def fisher_scores(params: Any) -> Any:
+            return devices.mean(bisam_jax.fisher_scores(loss_of_one, devices.enter(params), batch))
+
         def example_losses(params: Any, indices: jax.Array | None) -> jax.Array:
-            part = batch if indices is None else jax.tree.map(lambda x: x[indices], batch)
-            return losses_of(params, part)
+            params = devices.enter(params)
+            if indices is None:
+                return devices.joined(losses_of(params, batch))
+            return devices.losses_at(losses_of, params, batch, indices)
 
         clean_pass = jax.value_and_grad(mean_ascended, has_aux=True)
         (_, (logits, stats)), ascent = clean_pass(state.params, batch)
         losses = loss(logits, batch.labels)
         extra_args: dict[str, Any] = {
             "loss_fn": lambda params: mean_loss(params, batch),
-            "losses": losses,
+            "losses": devices.joined(losses),
             "example_losses_fn": example_losses,
-            "fisher_scores_fn": lambda params: bisam_jax.fisher_scores(loss_of_one, params, batch),
+            "fisher_scores_fn": fisher_scores,
             "batch_loss_fn": mean_loss,
             "batch": batch,
             "previous_batch": state.previous_batch,
@@ -123,10 +170,10 @@ def make_step(
         grads, method_state = method.transformation.update(
             ascent, state.method, state.params, **extra_args
         )
-        new_state = _descend(state, method, grads, method_state, stats)
+        new_state = _descend(state, method, grads, method_state, devices.statistics(stats))
         if method.needs_previous_batch:
             new_state = new_state._replace(previous_batch=batch)
-        return new_state, losses.mean()
+        return new_state, devices.mean(losses.mean())
 
     return step
 
@@ -138,11 +185,12 @@ def make_step_in_parts(
     *,
     group_size: int | None,
     microbatch_size: int | None,
+    devices: OneProgram = ONE_PROGRAM,
 ) -> Step:
     """As :func:`make_step`, for methods that ask for no more than gradients.
 
     Batch normalisation sees one group or microbatch at a time, and its statistics are the mean
-    over them; dropout takes the same key in each.
+    over them.
 
     Args:
         apply: the model.
@@ -150,15 +198,21 @@ def make_step_in_parts(
         loss: the training loss.
         group_size: examples that share a perturbation (m-sharpness), or None for all.
         microbatch_size: examples that are in memory at once, or None for all.
+        devices: see :func:`make_step`. Both sizes are of what the step sees: one device's part.
     """
+    # A group's perturbation is its own; without groups it is that of all devices.
+    enter, mean_of_all = devices.enter, devices.mean
+    if group_size is not None:
+        enter = mean_of_all = lambda tree: tree
 
-    def step(state: TrainState, batch: Split) -> tuple[TrainState, jax.Array]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
         forward = _forward(apply, state)
 
         def mean_of(descended: PerExampleLoss) -> Callable:
-            def mean(params: Any, part: Split) -> tuple[jax.Array, Any]:
-                logits, stats = forward(params, part.images)
-                return descended(logits, part.labels).mean(), (loss(logits, part.labels), stats)
+            def mean(params: Any, part: Batch) -> tuple[jax.Array, Any]:
+                logits, stats = forward(enter(params), part)
+                mean = mean_of_all(descended(logits, part.labels).mean())
+                return mean, (loss(logits, part.labels), stats)
 
             return mean
 
@@ -171,10 +225,13 @@ def make_step_in_parts(
             group_size=group_size,
             microbatch_size=microbatch_size,
         )
+        if group_size is not None:
+            value_and_grad = devices.averaged(value_and_grad)
         (_, (losses, stats)), grads, method_state = value_and_grad(
             state.params, state.method, batch
         )
-        return _descend(state, method, grads, method_state, stats), losses.mean()
+        new_state = _descend(state, method, grads, method_state, devices.statistics(stats))
+        return new_state, devices.mean(losses.mean())
 
     return step
 
@@ -182,7 +239,12 @@ def make_step_in_parts(
 def _forward(apply: Callable, state: TrainState) -> Callable:
     """The training model of one step: its key and its statistics."""
     key = jax.random.fold_in(keys_of(state).dropout, state.step)
-    return lambda params, images: apply(params, state.stats, images, train=True, key=key)
+
+    def forward(params: Any, part: Batch) -> tuple[jax.Array, Any]:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, part.positions)
+        return apply(params, state.stats, part.images, train=True, keys=keys)
+
+    return forward
 
 
 def _descend(

@@ -6,7 +6,6 @@ from experiments.data.dataset import Dataset as Dataset
 from experiments.data.digits import digits as digits
 from experiments.data.splits import DatasetError as DatasetError
 from experiments.data.splits import Split as Split
-from experiments.data.splits import on_device as on_device
 from experiments.data.splits import with_label_noise as with_label_noise
 from experiments.data.stream import Stream as Stream
 from experiments.data.tfds_images import MEMORY_LIMIT as MEMORY_LIMIT

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 SPLIT_SEED = 0
@@ -15,7 +14,7 @@ class DatasetError(ValueError):
 class Split(NamedTuple):
     """Images, uint8[examples, height, width, channels], and labels, int32[examples].
 
-    NumPy arrays until :func:`on_device`.
+    NumPy arrays until they are laid over devices.
     """
 
     images: Any
@@ -49,8 +48,3 @@ def first_examples(indices: np.ndarray, count: int | None) -> np.ndarray:
             f"train_examples must be at least 1 and at most {len(indices)}, got {count}"
         )
     return indices[:count]
-
-
-def on_device(split: Split) -> Split:
-    """The split as device arrays."""
-    return Split(jnp.asarray(split.images), jnp.asarray(split.labels))

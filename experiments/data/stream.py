@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -33,7 +33,12 @@ class Stream:
         return len(self.records)
 
     def training_batches(
-        self, batch_size: int, seed: int, first_step: int = 0, epochs: int = 1
+        self,
+        batch_size: int,
+        seed: int,
+        first_step: int = 0,
+        epochs: int = 1,
+        rows: np.ndarray | None = None,
     ) -> Iterator[Split]:
         """Random parts of the images in random order, both new in each epoch.
 
@@ -42,9 +47,11 @@ class Stream:
             seed: of the orders and the parts, at least 0 and below 2**32.
             first_step: number of batches to leave out, without reading them.
             epochs: passes over the examples, those left out included.
+            rows: int[rows], those of each batch that are made here (default: all), whatever the
+                others are.
 
         Returns:
-            Of NumPy arrays: uint8[batch, height, width, channels] and int32[batch].
+            Of NumPy arrays: uint8[rows, height, width, channels] and int32[rows].
 
         Raises:
             DatasetError: if there are fewer examples than in a batch.
@@ -55,35 +62,56 @@ class Stream:
             raise DatasetError(
                 f"batch_size must be at least 1 and at most {len(self)}, got {batch_size}"
             )
-        # With several hosts, each would take its slice of the shuffled positions here.
         batches = (
             grain.MapDataset.range(len(self))
             .seed(seed)
             .shuffle()
             .batch(batch_size, drop_remainder=True)
-            .random_map(self._random_parts)
+            .random_map(functools.partial(self._random_parts, rows=rows))
             .repeat(epochs)
         )
         return made_ahead(batches[first_step:], self.workers)
 
-    def batches(self, batch_size: int) -> Iterator[Split]:
+    def batches(self, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Split]:
         """The centres of all images in their order, for evaluation; the last batch may be shorter.
 
+        Args:
+            batch_size: examples a batch.
+            rows: int[rows], those of each batch that are made here (default: all).
+
         Returns:
-            Of NumPy arrays: uint8[batch, height, width, channels] and int32[batch].
+            Of NumPy arrays: uint8[rows, height, width, channels] and int32[rows], without the rows
+            that the last batch does not have.
         """
         import grain
 
-        positions = grain.MapDataset.range(len(self)).batch(batch_size)
-        return made_ahead(positions.map(self._centres), self.workers)
+        batches = grain.MapDataset.range(-(-len(self) // batch_size))
+        rows = np.arange(batch_size) if rows is None else rows
+        centres = functools.partial(self._centres, batch_size=batch_size, rows=rows)
+        return made_ahead(batches.map(centres), self.workers)
 
-    def _random_parts(self, positions: np.ndarray, rng: np.random.Generator) -> Split:
-        return self._batch(positions, functools.partial(random_resized_crop, rng=rng))
+    def _random_parts(
+        self, positions: np.ndarray, rng: np.random.Generator, rows: np.ndarray | None
+    ) -> Split:
+        # Each image has a seed of its own, so that it is the same whoever makes the others.
+        seeds = rng.integers(2**32, size=len(positions))
+        here = slice(None) if rows is None else rows
+        decode = [
+            functools.partial(random_resized_crop, rng=np.random.default_rng(seed))
+            for seed in seeds[here]
+        ]
+        return self._batch(positions[here], decode)
 
-    def _centres(self, positions: np.ndarray) -> Split:
-        return self._batch(positions, centre_crop)
+    def _centres(self, number: int, batch_size: int, rows: np.ndarray) -> Split:
+        positions = number * batch_size + rows
+        positions = positions[positions < len(self)]
+        return self._batch(positions, [centre_crop] * len(positions))
 
-    def _batch(self, positions: np.ndarray, decode: Callable[..., np.ndarray]) -> Split:
-        files, labels = zip(*self.records.read(positions), strict=True)
-        images = [decode(file, self.records.channels, self.image_size) for file in files]
-        return Split(np.stack(images), np.asarray(labels, np.int32))
+    def _batch(self, positions: np.ndarray, decoders: Sequence[Callable[..., np.ndarray]]) -> Split:
+        channels = self.records.channels
+        images = np.zeros((len(positions), *self.image_size, channels), np.uint8)
+        labels = np.zeros(len(positions), np.int32)
+        for row, (file, label) in enumerate(self.records.read(positions)):
+            images[row] = decoders[row](file, channels, self.image_size)
+            labels[row] = label
+        return Split(images, labels)

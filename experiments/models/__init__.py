@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from experiments.models.cifar_resnet import CifarResNet
 from experiments.models.cnn import CNN
 from experiments.models.densenet import DenseNet
+from experiments.models.layers import BatchNorm
 from experiments.models.mlp import MLP
 from experiments.models.resnet import ResNet
 from experiments.models.vgg import VGG
@@ -64,20 +65,23 @@ def build(
     classes: int,
     *,
     dtype: DTypeLike = jnp.float32,
+    axis_name: str | None = None,
     **options: Any,
 ) -> tuple[Init, Apply]:
     """Returns the pure functions `(init, apply)` of a model, without making any array.
 
     `init(key)` returns `(params, stats)`, all float32, also under `jax.jit` and `jax.vmap`.
-    `apply(params, stats, images, train=..., key=None)` takes [batch, height, width, channels] and
+    `apply(params, stats, images, train=..., keys=None)` takes [batch, height, width, channels] and
     returns `(logits, stats)`, the logits float32 [batch, classes]. Batch statistics move if and
-    only if `train`; then dropout, where a model has it, needs the `key`.
+    only if `train`; then dropout, where a model has it, needs `keys`, one an example: Key[batch].
 
     Args:
         name: one of ARCHITECTURES.
         image_shape: (height, width, channels).
         classes: the number of logits.
         dtype: that of the computation, float32 or bfloat16.
+        axis_name: under pmap or shard_map, the axis over which batch statistics are taken
+            together; None for those of each device's own examples.
         **options: for the model's class.
 
     Raises:
@@ -87,9 +91,13 @@ def build(
         raise ValueError(f"model must be one of {', '.join(ARCHITECTURES)}; got {name!r}")
 
     def module(key: jax.Array) -> nnx.Module:
-        return ARCHITECTURES[name].module(
+        model = ARCHITECTURES[name].module(
             image_shape, classes, dtype=dtype, rngs=nnx.Rngs(key), **options
         )
+        for _, part in nnx.iter_graph(model):
+            if isinstance(part, BatchNorm):
+                part.axis_name = axis_name
+        return model
 
     def init(key: jax.Array) -> tuple[Any, Any]:
         _, *states = nnx.split(module(key), nnx.Param, nnx.BatchStat)
@@ -99,14 +107,14 @@ def build(
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: module(jax.random.key(0))))
 
     def apply(
-        params: Any, stats: Any, images: jax.Array, *, train: bool, key: jax.Array | None = None
+        params: Any, stats: Any, images: jax.Array, *, train: bool, keys: jax.Array | None = None
     ) -> tuple[jax.Array, Any]:
         if images.shape[1:] != tuple(image_shape):
             raise ValueError(
                 f"images must have the shape {('batch', *image_shape)}; got {images.shape}"
             )
         model: Any = nnx.merge(graphdef, params, stats, copy=True)
-        logits = model(images, train=train, key=key)
+        logits = model(images, train=train, keys=keys)
         return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
     return init, apply

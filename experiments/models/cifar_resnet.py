@@ -64,7 +64,7 @@ class CifarResNet(nnx.Module):
         self.head = head(n_in, classes, rngs=rngs)
 
     def __call__(
-        self, images: jax.Array, *, train: bool, key: jax.Array | None = None
+        self, images: jax.Array, *, train: bool, keys: jax.Array | None = None
     ) -> jax.Array:
         x = nnx.relu(self.norm(self.convolution(images), train=train))
         for block in self.blocks:

@@ -41,7 +41,7 @@ class CNN(nnx.Module):
         self.head = head(channels[-1], classes, rngs=rngs)
 
     def __call__(
-        self, images: jax.Array, *, train: bool, key: jax.Array | None = None
+        self, images: jax.Array, *, train: bool, keys: jax.Array | None = None
     ) -> jax.Array:
         x = images
         for convolution, norm in zip(self.convolutions, self.norms, strict=True):

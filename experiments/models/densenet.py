@@ -73,7 +73,7 @@ class DenseNet(nnx.Module):
         self.head = head(n_in, classes, rngs=rngs)
 
     def __call__(
-        self, images: jax.Array, *, train: bool, key: jax.Array | None = None
+        self, images: jax.Array, *, train: bool, keys: jax.Array | None = None
     ) -> jax.Array:
         x = self.convolution(images)
         for layer in self.layers:

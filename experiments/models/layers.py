@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-from collections.abc import Iterator
 from typing import Literal
 
 import jax
@@ -84,17 +83,31 @@ def max_pool(x: jax.Array, window: int) -> jax.Array:
     return x
 
 
-def dropout_keys(key: jax.Array | None, *, active: bool) -> Iterator[jax.Array | None]:
-    """Yields a key for each dropout layer in turn; None where dropout is not `active`.
+class Dropout:
+    """The dropout layers of one pass, each call the next one; whose masks are all different."""
 
-    Raises:
-        ValueError: if dropout is active without a key.
-    """
-    if not active:
-        return itertools.repeat(None)
-    if key is None:
-        raise ValueError("train=True with dropout needs key=, a jax.random.key; got key=None")
-    return (jax.random.fold_in(key, layer) for layer in itertools.count())
+    def __init__(self, rate: float, keys: jax.Array | None, *, active: bool) -> None:
+        """Takes one key an example, Key[batch]; nothing is dropped unless `active`.
+
+        Raises:
+            ValueError: if dropout is active without keys.
+        """
+        self._rate = rate if active else 0.0
+        if self._rate and keys is None:
+            raise ValueError("train=True with dropout needs keys=, one an example; got keys=None")
+        self._keys = keys
+        self._layers = itertools.count()
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self._keys is None or not self._rate:
+            return x
+        layer = next(self._layers)
+
+        # Each example's mask is drawn by itself: it is the same however the batch is split.
+        def mask_of(key: jax.Array) -> jax.Array:
+            return jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - self._rate, x.shape[1:])
+
+        return jnp.where(jax.vmap(mask_of)(self._keys), x / (1 - self._rate), 0)
 
 
 def check_image_shape(image_shape: tuple[int, ...], smallest: int) -> None:

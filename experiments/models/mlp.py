@@ -39,7 +39,7 @@ class MLP(nnx.Module):
         self.head = head(width, classes, rngs=rngs)
 
     def __call__(
-        self, images: jax.Array, *, train: bool, key: jax.Array | None = None
+        self, images: jax.Array, *, train: bool, keys: jax.Array | None = None
     ) -> jax.Array:
         x = images.reshape(len(images), -1)
         for linear, norm in zip(self.hidden, self.norms, strict=True):

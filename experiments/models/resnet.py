@@ -112,7 +112,7 @@ class ResNet(nnx.Module):
         self.head = head(n_in, classes, rngs=rngs)
 
     def __call__(
-        self, images: jax.Array, *, train: bool, key: jax.Array | None = None
+        self, images: jax.Array, *, train: bool, keys: jax.Array | None = None
     ) -> jax.Array:
         x = nnx.relu(self.norm(self.convolution(images), train=train))
         x = max_pool(x, 3)

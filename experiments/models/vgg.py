@@ -14,9 +14,9 @@ from jax.typing import DTypeLike
 
 from experiments.models.layers import (
     BatchNorm,
+    Dropout,
     check_image_shape,
     convolution,
-    dropout_keys,
     global_mean,
     head,
     max_pool,
@@ -57,7 +57,7 @@ class VGG(nnx.Module):
                 )
                 self.norms.append(BatchNorm(n_out, rngs=rngs))
                 n_in = n_out
-        self.dropout = nnx.Dropout(dropout)
+        self.dropout_rate = dropout
         self.hidden = nnx.List(
             nnx.Linear(n_in, n_in, kernel_init=nnx.initializers.he_normal(), dtype=dtype, rngs=rngs)
             for _ in range(2)
@@ -65,9 +65,9 @@ class VGG(nnx.Module):
         self.head = head(n_in, classes, rngs=rngs)
 
     def __call__(
-        self, images: jax.Array, *, train: bool, key: jax.Array | None = None
+        self, images: jax.Array, *, train: bool, keys: jax.Array | None = None
     ) -> jax.Array:
-        keys = dropout_keys(key, active=train and self.dropout.rate > 0)
+        dropout = Dropout(self.dropout_rate, keys, active=train)
         layers = iter(zip(self.convolutions, self.norms, strict=True))
         x = images
         for size in self.group_sizes:
@@ -76,6 +76,5 @@ class VGG(nnx.Module):
             x = max_pool(x, 2)
         x = global_mean(x)
         for linear in self.hidden:
-            x = self.dropout(x, deterministic=not train, rngs=next(keys))
-            x = nnx.relu(linear(x))
+            x = nnx.relu(linear(dropout(x)))
         return self.head(x)

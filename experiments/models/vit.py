@@ -5,14 +5,12 @@ initialisation are those of Touvron et al. (DeiT), arXiv:2012.12877, without dis
 stochastic depth.
 """
 
-from collections.abc import Iterator
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from experiments.models.layers import check_image_shape, dropout_keys
+from experiments.models.layers import Dropout, check_image_shape
 
 # DeiT truncates at 2, a hundred standard deviations.
 INIT = nnx.initializers.normal(0.02)
@@ -32,9 +30,7 @@ def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
 class Block(nnx.Module):
     """Self-attention and a perceptron of ratio 4, each after a layer normalisation."""
 
-    def __init__(
-        self, width: int, heads: int, dropout: float, *, dtype: DTypeLike, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.heads = heads
         self.norm_1 = layer_norm(width, rngs=rngs)
         self.query_key_value = linear(width, 3 * width, dtype=dtype, rngs=rngs)
@@ -42,7 +38,6 @@ class Block(nnx.Module):
         self.norm_2 = layer_norm(width, rngs=rngs)
         self.widen = linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.narrow = linear(4 * width, width, dtype=dtype, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout)
 
     def attention(self, x: jax.Array) -> jax.Array:
         """[batch, tokens, width] to the same, every token looking at all."""
@@ -51,10 +46,7 @@ class Block(nnx.Module):
         mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
         return self.projection(mixed.reshape(x.shape))
 
-    def __call__(self, x: jax.Array, *, train: bool, keys: Iterator) -> jax.Array:
-        def dropout(x: jax.Array) -> jax.Array:
-            return self.dropout(x, deterministic=not train, rngs=next(keys))
-
+    def __call__(self, x: jax.Array, dropout: Dropout) -> jax.Array:
         x = x + dropout(self.attention(self.norm_1(x)))
         y = dropout(nnx.gelu(self.widen(self.norm_2(x)), approximate=False))
         return x + dropout(self.narrow(y))
@@ -94,24 +86,21 @@ class ViT(nnx.Module):
         )
         self.class_token = nnx.Param(INIT(rngs.params(), (1, 1, width), jnp.float32))
         self.positions = nnx.Param(INIT(rngs.params(), (1, tokens, width), jnp.float32))
-        self.dropout = nnx.Dropout(dropout)
-        self.blocks = nnx.List(
-            Block(width, heads, dropout, dtype=dtype, rngs=rngs) for _ in range(depth)
-        )
+        self.dropout_rate = dropout
+        self.blocks = nnx.List(Block(width, heads, dtype=dtype, rngs=rngs) for _ in range(depth))
         self.norm = layer_norm(width, rngs=rngs)
         self.head = linear(width, classes, dtype=jnp.float32, rngs=rngs)
 
     def __call__(
-        self, images: jax.Array, *, train: bool, key: jax.Array | None = None
+        self, images: jax.Array, *, train: bool, keys: jax.Array | None = None
     ) -> jax.Array:
-        keys = dropout_keys(key, active=train and self.dropout.rate > 0)
+        dropout = Dropout(self.dropout_rate, keys, active=train)
         x = self.embedding(patches(images, self.patch))
         class_token = jnp.broadcast_to(self.class_token[...], (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([class_token.astype(x.dtype), x], axis=1)
-        x = x + self.positions[...].astype(x.dtype)
-        x = self.dropout(x, deterministic=not train, rngs=next(keys))
+        x = dropout(x + self.positions[...].astype(x.dtype))
         for block in self.blocks:
-            x = block(x, train=train, keys=keys)
+            x = block(x, dropout)
         return self.head(self.norm(x[:, 0]))
 
 

@@ -1,16 +1,19 @@
 """The training script in a process of its own."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+HEARTBEAT_TIMEOUT = 15
 
 
-def start(*args, cwd):
+def start(*args, cwd, devices=1):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     environment.pop("XLA_FLAGS", None)
+    environment["JAX_NUM_CPU_DEVICES"] = str(devices)
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.train", *map(str, args)],
         cwd=cwd,
@@ -19,3 +22,16 @@ def start(*args, cwd):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def start_together(*args, cwd, processes=2, devices=1):
+    """The same run in several processes, of `devices` each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = ["--distributed", "--coordinator-address", f"127.0.0.1:{port}"]
+    together += ["--num-processes", processes, "--heartbeat-timeout", HEARTBEAT_TIMEOUT]
+    return [
+        start(*args, *together, "--process-id", number, cwd=cwd, devices=devices)
+        for number in range(processes)
+    ]

@@ -24,8 +24,7 @@ def test_digits_are_split_without_overlap_and_stratified():
 def test_digits_are_normalised_to_0_to_1():
     dataset = data.load("digits")
     assert (dataset.classes, dataset.image_shape, dataset.name) == (10, (8, 8, 1), "digits")
-    test = data.on_device(dataset.test)
-    normalised = np.asarray(augmentation.normalise(test.images, dataset.mean, dataset.std))
+    normalised = np.asarray(augmentation.normalise(dataset.test.images, dataset.mean, dataset.std))
     pixels = {(image / 16).astype(np.float32).tobytes() for image in load_digits().images}
     assert {image.tobytes() for image in normalised} <= pixels
 

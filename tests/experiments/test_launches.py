@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import data, launches, training
+from experiments import data, launches, layout, training
+from experiments.config import Config
 
+LAYOUT = layout.layout_of(Config(devices=1).resolved())
 SPLIT = data.Split(np.zeros((40, 2, 2, 1), np.uint8), np.arange(40, dtype=np.int32))
 
 
@@ -19,6 +21,7 @@ class Seen(NamedTuple):
     step: Any
     key: Any
     params: Any
+    previous_batch: Any = None
 
 
 def start(seed=0):
@@ -32,14 +35,16 @@ def step(state, batch):
     return state._replace(step=state.step + 1, params=state.params * 0.5 + loss), loss
 
 
-def prepare(key, batch):
-    noise = jax.random.randint(key, batch.images.shape, 0, 256, jnp.uint8)
-    return batch._replace(images=noise)
+def noise(key, images):
+    return jax.random.randint(key, images.shape, 0, 256, jnp.uint8)
 
 
 def in_memory(steps_at_once, state=None, step=step, batch_size=8):
+    def step_on_stored(state, stored):
+        return step(state, training.prepared(stored, noise, state))
+
     return launches.InMemory(
-        step, prepare, state or start(), data.on_device(SPLIT), batch_size, steps_at_once
+        step_on_stored, state or start(), LAYOUT.put(SPLIT), batch_size, steps_at_once, LAYOUT
     )
 
 

@@ -95,7 +95,7 @@ def relative_error(x, y):
 def test_architecture(name):
     apply, params, stats = abstract(name)
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), FLOAT32)
-    call = functools.partial(apply, train=True, key=KEY)
+    call = functools.partial(apply, train=True, keys=jax.random.split(KEY, 2))
     logits, new_stats = jax.eval_shape(call, params, stats, images)
     assert (logits.shape, logits.dtype) == ((2, 10), FLOAT32)
     assert new_stats == stats
@@ -140,10 +140,10 @@ def test_a_small_member(name):
     """Statistics, gradients, and the same in bfloat16."""
     apply, params, stats, images = small(name)
     # The others need none.
-    key = KEY if name == "vgg19_bn" else None
+    keys = jax.random.split(KEY, 16) if name == "vgg19_bn" else None
 
     def loss(params):
-        logits, new_stats = apply(params, stats, images, train=True, key=key)
+        logits, new_stats = apply(params, stats, images, train=True, keys=keys)
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.arange(16) % 10)
         return losses.mean(), (logits, new_stats)
 
@@ -164,7 +164,7 @@ def test_a_small_member(name):
     assert (name == "vit_tiny") == (not jax.tree.leaves(stats))
 
     rounded_apply = jax.jit(functools.partial(small(name, BFLOAT16)[0], train=True))
-    rounded, rounded_moved = rounded_apply(params, stats, images, key=key)
+    rounded, rounded_moved = rounded_apply(params, stats, images, keys=keys)
     assert rounded.dtype == FLOAT32
     assert {x.dtype for x in jax.tree.leaves(rounded_moved)} <= {jnp.dtype(FLOAT32)}
     assert 1e-5 < relative_error(rounded, logits) < 0.05
@@ -230,19 +230,28 @@ def test_dropout(name):
     apply, params, stats, images = small(name, dropout=0.2)
     call = jax.jit(functools.partial(apply, train=True))
     first, same, other = (
-        call(params, stats, images, key=key)[0] for key in (KEY, KEY, jax.random.key(3))
+        call(params, stats, images, keys=jax.random.split(key, len(images)))[0]
+        for key in (KEY, KEY, jax.random.key(3))
     )
     assert (first == same).all()
     assert (first != other).any(axis=1).all()
-    with pytest.raises(ValueError, match=r"needs key=.*got key=None"):
+    with pytest.raises(ValueError, match=r"needs keys=.*got keys=None"):
         call(params, stats, images)
 
 
-def test_dropout_has_a_key_for_each_layer():
-    drawn = layers.dropout_keys(KEY, active=True)
-    keys = {jax.random.key_data(next(drawn)).tobytes() for _ in range(40)}
-    assert len(keys) == 40
-    assert next(layers.dropout_keys(KEY, active=False)) is None
+def test_dropout_zeros_a_share_and_keeps_the_mean():
+    keys, x = jax.random.split(KEY, 100), jnp.ones((100, 50))
+    dropout = layers.Dropout(0.3, keys, active=True)
+    first, second = dropout(x), dropout(x)
+    for y in (first, second):
+        np.testing.assert_allclose((y == 0).mean(), 0.3, atol=0.03)
+        np.testing.assert_allclose(y[y != 0], 1 / 0.7, rtol=1e-6)
+    # Each layer and each example has a mask of its own.
+    assert (first != second).any(axis=1).all()
+    assert len({row.tobytes() for row in np.asarray(first)}) == 100
+    # Whoever else is in the batch.
+    np.testing.assert_array_equal(layers.Dropout(0.3, keys[7:9], active=True)(x[7:9]), first[7:9])
+    assert layers.Dropout(0.3, keys, active=False)(x) is x
 
 
 @pytest.mark.parametrize(

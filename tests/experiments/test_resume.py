@@ -1,6 +1,7 @@
 """Runs that were stopped go on as if they never had."""
 
 import csv
+import dataclasses
 import os
 import shutil
 import signal
@@ -44,7 +45,7 @@ def stop(process, folder, number, when):
 
 def final(folder):
     """What a finished run left: all of its state, metrics, test accuracy."""
-    config = train.load_config(folder)
+    config = dataclasses.replace(train.load_config(folder), devices=1)
     checkpoints = Checkpoints(folder / "checkpoints", keep=None)
     assert checkpoints.steps()[-1] == STEPS
     state, _ = checkpoints.restore(STEPS, Experiment(config).state)

@@ -22,7 +22,8 @@ def folder(tmp_path_factory):
 
 def config(folder, output, **options):
     defaults = {"dataset": "varied", "image_size": 16, "model": "cnn", "epochs": 3, "batch_size": 8}
-    return Config(**defaults | {"data_dir": folder, "workers": 0, "output": output} | options)
+    here = {"data_dir": folder, "workers": 0, "output": output, "devices": 1}
+    return Config(**defaults | here | options)
 
 
 def rows_of(run):
@@ -47,6 +48,9 @@ class InterruptedAfter:
 
     def __exit__(self, *exception):
         pass
+
+    def noted(self):
+        return self.signal is not None
 
     @property
     def signal(self):

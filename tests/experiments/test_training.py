@@ -7,11 +7,12 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import data, methods, models, training
+from experiments import methods, models, training
 
-SPLIT = data.Split(
+BATCH = training.Batch(
     images=jax.random.uniform(jax.random.key(0), (40, 8, 8, 1)),
     labels=jnp.arange(40, dtype=jnp.int32) % 10,
+    positions=jnp.arange(40),
 )
 KEY = jax.random.key(5)
 LOSS = training.cross_entropy(0.1)
@@ -29,7 +30,7 @@ def setup(name, perturbation="ce", model="mlp"):
     apply, params, stats = models.create(model, (8, 8, 1), 10, seed=0)
     hyperparameters = methods.DEFAULTS[name] | methods.PERTURBATION_DEFAULTS[perturbation]
     method = methods.make(name, perturbation, OPTIMIZER, hyperparameters)
-    state = training.init_state(params, stats, method, SPLIT, KEY)
+    state = training.init_state(params, stats, method, BATCH, KEY)
     return apply, training.make_step(apply, method, LOSS), state
 
 
@@ -40,14 +41,14 @@ def setup(name, perturbation="ce", model="mlp"):
 )
 def test_a_step_lowers_the_loss_and_moves_the_statistics_once(name, perturbation, model):
     apply, step, state = setup(name, perturbation, model)
-    _, clean_stats = apply(state.params, state.stats, SPLIT.images, train=True)
-    new, loss = jax.jit(step)(state, SPLIT)
+    _, clean_stats = apply(state.params, state.stats, BATCH.images, train=True)
+    new, loss = jax.jit(step)(state, BATCH)
     chex.assert_trees_all_close(new.stats, clean_stats, rtol=1e-4, atol=1e-6)
-    logits, _ = apply(state.params, state.stats, SPLIT.images, train=True)
-    np.testing.assert_allclose(loss, LOSS(logits, SPLIT.labels).mean(), rtol=1e-5)
+    logits, _ = apply(state.params, state.stats, BATCH.images, train=True)
+    np.testing.assert_allclose(loss, LOSS(logits, BATCH.labels).mean(), rtol=1e-5)
     assert new.step == 1
     for _ in range(5):
-        new, later = jax.jit(step)(new, SPLIT)
+        new, later = jax.jit(step)(new, BATCH)
     assert later < loss
 
 
@@ -57,7 +58,7 @@ def test_methods_differ():
         for perturbation in ("ce", "log"):
             _, step, state = setup(name, perturbation)
             for _ in range(2):
-                state, _ = jax.jit(step)(state, SPLIT)
+                state, _ = jax.jit(step)(state, BATCH)
             params[name, perturbation] = state.params
     same = {("sam", "log"): ("bisam-log", "ce"), ("bisam-log", "log"): ("bisam-log", "ce")}
     same |= {("sgd", "log"): ("sgd", "ce"), ("bisam-tanh", "log"): ("bisam-tanh", "ce")}
@@ -81,7 +82,7 @@ def test_plain_training_takes_one_gradient():
     flops = {}
     for name in ("sgd", "bisam-log"):
         _, step, state = setup(name)
-        flops[name] = jax.jit(step).lower(state, SPLIT).compile().cost_analysis()["flops"]
+        flops[name] = jax.jit(step).lower(state, BATCH).compile().cost_analysis()["flops"]
     assert 1.8 < flops["bisam-log"] / flops["sgd"] < 2.05
 
 
@@ -89,11 +90,11 @@ def test_plain_training_takes_one_gradient():
 def test_microbatches_give_the_step_of_the_whole_batch(name):
     apply, params, _ = models.create("vit_tiny", (8, 8, 1), 10, seed=0, depth=1)
     method = methods.make(name, "log", OPTIMIZER, HYPERPARAMETERS)
-    state = training.init_state(params, {}, method, SPLIT, KEY)
+    state = training.init_state(params, {}, method, BATCH, KEY)
     parts = {"group_size": None, "microbatch_size": 10}
-    whole, loss = jax.jit(training.make_step(apply, method, LOSS))(state, SPLIT)
+    whole, loss = jax.jit(training.make_step(apply, method, LOSS))(state, BATCH)
     in_parts = jax.jit(training.make_step_in_parts(apply, method, LOSS, **parts))
-    accumulated, same_loss = in_parts(state, SPLIT)
+    accumulated, same_loss = in_parts(state, BATCH)
     chex.assert_trees_all_close(accumulated.params, whole.params, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(same_loss, loss, rtol=1e-5)
 
@@ -102,37 +103,39 @@ def test_groups_are_perturbed_on_their_own():
     """The mean of steps on each group alone, as the definition says."""
     apply, params, stats = models.create("mlp", (8, 8, 1), 10, seed=0, width=16)
     method = methods.make("bisam-log", "log", optax.sgd(1.0), HYPERPARAMETERS)
-    state = training.init_state(params, stats, method, SPLIT, KEY)
+    state = training.init_state(params, stats, method, BATCH, KEY)
     alone = jax.jit(training.make_step(apply, method, LOSS))
-    groups = [data.Split(SPLIT.images[i : i + 20], SPLIT.labels[i : i + 20]) for i in (0, 20)]
+    groups = [jax.tree.map(lambda x, i=i: x[i : i + 20], BATCH) for i in (0, 20)]
     expected = [alone(state, group)[0] for group in groups]
     step = training.make_step_in_parts(apply, method, LOSS, group_size=20, microbatch_size=None)
-    grouped, _ = jax.jit(step)(state, SPLIT)
+    grouped, _ = jax.jit(step)(state, BATCH)
     for tree in ("params", "stats"):
         mean = jax.tree.map(lambda a, b: (a + b) / 2, *(getattr(e, tree) for e in expected))
         chex.assert_trees_all_close(getattr(grouped, tree), mean, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["bisam-log", "gsam", "efficient", "tilted"])
-def test_dropout_takes_one_key_in_all_passes_of_a_step_and_another_in_the_next(name):
-    keys = []
+@pytest.mark.parametrize("name", ["bisam-log", "gsam", "efficient", "friendly"])
+def test_dropout_has_a_key_for_each_example_the_same_in_all_passes_of_a_step(name):
+    seen = []
     apply, params, stats = models.create("mlp", (8, 8, 1), 10, seed=0, width=16)
 
-    def spy(params, stats, images, *, train, key=None):
-        keys.append(key)
+    def spy(params, stats, images, *, train, keys=None):
+        # Which images these are: their first pixels are all different.
+        seen.append(dict(zip(np.asarray(images)[:, 0, 0, 0], map(str, keys), strict=True)))
         return apply(params, stats, images, train=train)
 
     method = methods.make(name, "log", OPTIMIZER, HYPERPARAMETERS)
-    state = training.init_state(params, stats, method, SPLIT, KEY)
+    state = training.init_state(params, stats, method, BATCH, KEY)
     step = training.make_step(spy, method, LOSS)
-    with jax.disable_jit(name != "tilted"):
-        state, _ = step(state, SPLIT)
-        first = {str(key) for key in keys}
-        keys.clear()
-        step(state, SPLIT)
-    assert len(first) == 1
-    assert len(keys) >= 2
-    assert {str(key) for key in keys} != first
+    with jax.disable_jit():
+        state, _ = step(state, BATCH)
+        first, *others = list(seen)
+        step(state, BATCH)
+    assert len(set(first.values())) == 40
+    assert others
+    for keys in others:
+        assert keys.items() <= first.items()
+    assert not set(seen[-1].values()) & set(first.values())
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])

@@ -1,0 +1,182 @@
+"""How a run lies over devices.
+
+The devices form a mesh of three axes:
+
+gradients   SAMPa's two gradients, each on one half of the devices; otherwise of size 1
+data        parts of the batch
+fsdp        parts of the parameters and of everything that has their shapes
+
+A batch lies over `data` alone: were it split over `fsdp` too, XLA would gather whole parameters on
+every device; as it is, they stay where they are, and activations move.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.config import ArgumentError, Config
+from experiments.data import Split
+from experiments.training import TrainState
+
+GRADIENTS, DATA, FSDP = "gradients", "data", "fsdp"
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and what lies where on it; :func:`layout_of` makes one from a configuration."""
+
+    mesh: Mesh
+
+    @property
+    def parts(self) -> int:
+        """The number of parts of a batch."""
+        return self.mesh.shape[DATA]
+
+    @property
+    def whole(self) -> NamedSharding:
+        """All of an array on every device."""
+        return NamedSharding(self.mesh, P())
+
+    @property
+    def split(self) -> NamedSharding:
+        """The first axis, that of examples, over the devices."""
+        return NamedSharding(self.mesh, P(DATA))
+
+    def of_state(self, state: TrainState) -> TrainState:
+        """The sharding of each leaf of a training state: arrays or shapes."""
+        shardings = jax.tree.map(self._of_leaf, state)
+        previous = jax.tree.map(lambda _: self.split, state.previous_batch)
+        return shardings._replace(previous_batch=previous)
+
+    def _of_leaf(self, leaf: Any) -> NamedSharding:
+        """Matrices along their longest axis that can be split evenly, everything else whole."""
+        parts = self.mesh.shape[FSDP]
+        axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
+        if parts == 1 or leaf.ndim < 2 or not axes:
+            return self.whole
+        longest = max(axes, key=lambda axis: leaf.shape[axis])
+        return NamedSharding(self.mesh, P(*[None] * longest, FSDP))
+
+    def make(self, make_state: Callable[[], TrainState]) -> TrainState:
+        """The state that `make_state` returns, laid over the devices."""
+        shardings = self.of_state(jax.eval_shape(make_state))
+        if self.mesh.shape[FSDP] == 1 and jax.process_count() == 1:
+            return jax.device_put(make_state(), shardings)
+        # Compiled takes longer, but no device has to hold or to reach all of it.
+        return jax.jit(make_state, out_shardings=shardings)()
+
+    def put(self, split: Split) -> Split:
+        """All of a split, NumPy arrays, on every device."""
+        return jax.tree.map(lambda x: jax.device_put(np.asarray(x), self.whole), split)
+
+    def rows_here(self, size: int) -> np.ndarray:
+        """The rows of a batch of `size` that this process's devices hold."""
+        slices = self.split.addressable_devices_indices_map((size,)).values()
+        return np.unique(np.concatenate([np.arange(size)[index] for index in slices if index]))
+
+    def batch(self, rows: Any, size: int) -> Any:
+        """A batch from its :meth:`rows_here`, a tree of NumPy arrays."""
+        here = self.rows_here(size)
+
+        def array(rows: np.ndarray) -> jax.Array:
+            def part(index: Any) -> np.ndarray:
+                return rows[np.searchsorted(here, np.arange(size)[index[0]])]
+
+            return jax.make_array_from_callback((size, *rows.shape[1:]), self.split, part)
+
+        return jax.tree.map(array, rows)
+
+    def constrained(self, batch: Any) -> Any:
+        """Inside jit: lays a batch over the devices."""
+        return jax.lax.with_sharding_constraint(batch, self.split)
+
+    def jit(self, launch: Callable, state: TrainState) -> Any:
+        """Compiles `launch(state, ...)`, which returns the next state and losses."""
+        shardings = self.of_state(state), self.whole
+        return jax.jit(launch, donate_argnums=0, out_shardings=shardings)
+
+    def context(self) -> contextlib.AbstractContextManager:
+        """In which a launch is traced: SAMPa asks for its axis by name."""
+        if self.mesh.shape[GRADIENTS] > 1:
+            return jax.set_mesh(self.mesh)
+        return contextlib.nullcontext()
+
+
+def layout_of(config: Config) -> Layout:
+    """The layout of a resolved configuration.
+
+    Raises:
+        ArgumentError: if the devices are not there, or batch or groups cannot be split over them.
+    """
+    devices = _devices(config.devices)
+    count = len(devices)
+    if count % config.fsdp:
+        raise ArgumentError(
+            f"--fsdp must divide the number of devices, got {config.fsdp} and {count}"
+        )
+    if config.fsdp > 1 and config.parallelism != "jit":
+        raise ArgumentError(f"--fsdp needs --parallelism jit, got {config.parallelism}")
+    if config.parallelism == "pmap" and jax.process_count() > 1:
+        raise ArgumentError(
+            "--parallelism pmap is for the devices of one process: use jit or shard_map"
+        )
+    parts = count // config.fsdp
+    halves = 2 if _over_halves(config) and parts % 2 == 0 else 1
+    shape = (halves, parts // halves, config.fsdp)
+    _check_batch(config, shape[1])
+    axis_types = (AxisType.Auto,) * 3
+    mesh = jax.make_mesh(shape, (GRADIENTS, DATA, FSDP), axis_types, devices=devices)
+    return Layout(mesh)
+
+
+def gradient_axis(config: Config, layout: Layout) -> str | None:
+    """The axis over which SAMPa's two gradients lie, if they do."""
+    return GRADIENTS if _over_halves(config) and layout.mesh.shape[GRADIENTS] == 2 else None
+
+
+def _over_halves(config: Config) -> bool:
+    return config.method == "sampa" and config.parallelism == "jit"
+
+
+def _devices(count: int | None) -> list[Any]:
+    """`count` devices of each process, or all."""
+    there = jax.local_device_count()
+    if count is not None and count > there:
+        raise ArgumentError(f"--devices must be at most the {there} there are, got {count}")
+    by_process: dict[int, list[Any]] = {}
+    for device in jax.devices():
+        by_process.setdefault(device.process_index, []).append(device)
+    return [device for devices in by_process.values() for device in devices[:count]]
+
+
+def _check_batch(config: Config, parts: int) -> None:
+    size = config.batch_size or 0
+    if size % parts:
+        raise ArgumentError(
+            f"--batch-size must be a multiple of {parts}, the number of devices that share it, "
+            f"got {size}: use {max(size // parts, 1) * parts}, or fewer --devices"
+        )
+    if config.parallelism == "jit":
+        if config.batch_statistics == "per-device" and parts > 1:
+            raise ArgumentError(
+                "--batch-statistics per-device needs --parallelism shard_map or pmap"
+            )
+        return
+    # Each device works on examples of its own.
+    own, group, microbatch = size // parts, config.group_size, config.microbatch_size
+    if group is not None and own % group:
+        raise ArgumentError(
+            f"--group-size must divide the {own} examples of each of {parts} devices with "
+            f"--parallelism {config.parallelism}, got {group}: use --parallelism jit"
+        )
+    if microbatch is not None and microbatch % (parts * (group or 1)):
+        raise ArgumentError(
+            f"--microbatch-size must be a multiple of {parts * (group or 1)}, for {parts} devices "
+            f"with --parallelism {config.parallelism}, got {microbatch}"
+        )

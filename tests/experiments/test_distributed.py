@@ -1,0 +1,132 @@
+"""One run in two processes, joined over the loopback interface."""
+
+import csv
+import signal
+import time
+
+import pytest
+
+from experiments import runs
+from tests.experiments import tiny_dataset
+from tests.experiments.script import HEARTBEAT_TIMEOUT, start, start_together
+
+# 1,250 steps, a save every 50, so that a run can be stopped in the middle.
+LONG = ["--epochs", "10", "--batch-size", "10", "--checkpoint-every", "50", "--method", "friendly"]
+
+
+def ends(processes, status=0):
+    """Waits for all; returns their outputs and errors."""
+    results = [process.communicate(timeout=400) for process in processes]
+    for process, (_, err) in zip(processes, results, strict=True):
+        assert process.returncode == status, err
+    return results
+
+
+def rows_of(folder):
+    with (folder / "metrics.csv").open() as file:
+        rows = [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
+    for row in rows:
+        del row["examples_per_second"]
+    return rows
+
+
+def assert_same_run(folder, other):
+    rows, others = rows_of(folder), rows_of(other)
+    assert len(rows) == len(others)
+    for row, expected in zip(rows, others, strict=True):
+        assert row == pytest.approx(expected, rel=2e-4)
+    finished = [runs.RunFolder(f).read_summary() for f in (folder, other)]
+    assert [summary["status"] for summary in finished] == ["finished"] * 2
+    assert finished[0]["test_accuracy"] == pytest.approx(finished[1]["test_accuracy"], abs=0.01)
+
+
+def names_in(folder):
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+
+
+def when_saved(folder, processes, steps):
+    deadline = time.monotonic() + 300
+    checkpoints = folder / "checkpoints"
+    while max(map(int, filter(str.isdigit, names_in(checkpoints))), default=0) < steps:
+        for process in processes:
+            assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The long run in one process, on one device."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    ends([start(*LONG, "--output", folder, cwd=folder.parent)])
+    return folder
+
+
+@pytest.mark.parametrize("way", ["jit", "shard_map"])
+def test_two_processes_of_two_devices_give_the_numbers_of_one(way, tmp_path):
+    options = ["--epochs", 3, "--batch-size", 16, "--train-examples", 160, "--method", "bisam-log"]
+    single = start(*options, "--output", tmp_path / "single", cwd=tmp_path)
+    two = start_together(
+        *options, "--parallelism", way, "--output", tmp_path / "two", cwd=tmp_path, devices=2
+    )
+    (first, _), (second, _) = ends(two)
+    ends([single])
+    assert_same_run(tmp_path / "two", tmp_path / "single")
+    # One of them speaks.
+    assert "test accuracy" in first
+    assert second == ""
+    summary = runs.RunFolder(tmp_path / "two").read_summary()
+    assert (summary["processes"], summary["devices"]) == (2, 4)
+
+
+def test_each_process_decodes_its_own_rows_of_a_stream(tmp_path):
+    tiny_dataset.write(tmp_path, "varied", train=45, sizes=tiny_dataset.VARIED)
+    options = ["--dataset", "varied", "--data-dir", tmp_path, "--image-size", 8, "--model", "mlp"]
+    options += ["--epochs", 2, "--batch-size", 8, "--workers", 0]
+    ends([start(*options, "--output", tmp_path / "single", cwd=tmp_path)])
+    ends(start_together(*options, "--output", tmp_path / "two", cwd=tmp_path))
+    assert_same_run(tmp_path / "two", tmp_path / "single")
+
+
+def test_a_termination_of_one_process_saves_in_all(alone, tmp_path):
+    folder = tmp_path / "run"
+    processes = start_together(*LONG, "--output", folder, cwd=tmp_path)
+    when_saved(folder, processes, 100)
+    processes[1].send_signal(signal.SIGTERM)
+    (out, _), _ = ends(processes)
+    assert "saved at step" in out
+    # On with another number of processes and of devices.
+    ends([start("--resume", folder, "--devices", 2, cwd=tmp_path, devices=2)])
+    assert_same_run(folder, alone)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_when_one_process_is_killed_the_other_ends_with_a_message(victim, alone, tmp_path):
+    folder = tmp_path / "run"
+    processes = start_together(*LONG, "--output", folder, cwd=tmp_path)
+    when_saved(folder, processes, 100)
+    processes[victim].kill()
+    begun = time.monotonic()
+    _, err = processes[1 - victim].communicate(timeout=10 * HEARTBEAT_TIMEOUT)
+    assert time.monotonic() - begun < 4 * HEARTBEAT_TIMEOUT
+    assert processes[1 - victim].returncode != 0
+    assert f"--resume {folder}" in err.splitlines()[-1]
+    processes[victim].communicate()
+    ends(start_together("--resume", folder, cwd=tmp_path))
+    assert_same_run(folder, alone)
+
+
+def test_arguments_that_belong_together(tmp_path):
+    process = start("--distributed", "--num-processes", 2, cwd=tmp_path)
+    ((_, err),) = ends([process], status=2)
+    assert err.count("\n") == 1
+    assert "--coordinator-address, --num-processes and --process-id belong together" in err
+
+
+def test_what_is_wrong_in_one_process_ends_all(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "kept").touch()
+    for _, err in ends(start_together("--output", folder, cwd=tmp_path), status=2):
+        assert "--output must be a new folder" in err
+    assert names_in(folder) == ["kept"]

@@ -1,0 +1,177 @@
+"""The same losses on one, two and eight devices, in each of three ways."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import launches, methods
+from experiments.config import ArgumentError, Config
+from experiments.experiment import Experiment
+
+WAYS = ("jit", "shard_map", "pmap")
+STEPS = 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def experiment(**options):
+    return Experiment(Config(train_examples=128, seed=1, epochs=2, **options))
+
+
+def trained(**options):
+    made, losses = experiment(**options), []
+    launch = made.compile()
+    state, _ = launches.run(launch, made.state, 0, STEPS, losses.extend)
+    return made, launch, state, losses
+
+
+@functools.cache
+def on_one_device(**options):
+    made, _, state, losses = trained(devices=1, **options)
+    return losses, jax.device_get(state.stats), made
+
+
+def check(options, **places):
+    made, launch, state, losses = trained(**options, **places)
+    expected, stats, _ = on_one_device(**options)
+    np.testing.assert_allclose(losses, expected, rtol=3e-6)
+    for got, want in zip(jax.tree.leaves(state.stats), jax.tree.leaves(stats), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    # What goes in comes out: no launch moves a leaf, or compiles anew.
+    before, after = made.state, state
+    assert jax.tree.map(lambda x: x.sharding, before) == jax.tree.map(lambda x: x.sharding, after)
+    return launch.compiled.as_text()
+
+
+def all_reduces(program):
+    return len(re.findall(r" all-reduce(?:-start)?\(", program))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", methods.DEFAULTS)
+def test_eight_devices(method, way):
+    options = {"method": method, "update_every": 2} if "sparse" in method else {"method": method}
+    check(options, devices=8, parallelism=way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", ["sgd", "sam", "bisam-log", "sampa"])
+def test_two_devices(method, way):
+    check({"method": method}, devices=2, parallelism=way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_ascended_loss_of_bisam(way):
+    check({"method": "efficient", "perturbation": "log", "gamma": 0.35}, parallelism=way)
+    check({"method": "sampa", "perturbation": "tanh"}, parallelism=way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", ["bisam-log", "sparse-dynamic", "tilted", "friendly"])
+def test_groups(method, way):
+    program = check({"method": method, "group_size": 4}, devices=8, parallelism=way)
+    if method == "bisam-log":
+        # The perturbation is each group's own: gradients are summed once, with all else.
+        assert all_reduces(program) == 1
+
+
+def test_groups_that_are_larger_than_a_device():
+    check({"method": "bisam-log", "group_size": 16}, devices=8)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_microbatches(way):
+    check({"method": "bisam-log", "microbatch_size": 16}, devices=8, parallelism=way)
+
+
+@pytest.mark.parametrize("way", ["jit", "shard_map"])
+def test_dropout_does_not_depend_on_the_devices(way, monkeypatch):
+    from experiments import models
+
+    def vit(*args, **options):
+        return models.ViT(*args, **options, width=8, heads=2, depth=1, dropout=0.3)
+
+    architecture = models.Architecture(vit, convolutional=False)
+    monkeypatch.setitem(models.ARCHITECTURES, "vit_tiny", architecture)
+    options = {"model": "vit_tiny", "method": "bisam-tanh"}
+    expected = trained(devices=1, **options)[3]
+    np.testing.assert_allclose(trained(devices=8, parallelism=way, **options)[3], expected, 3e-6)
+
+
+def test_augmentation_does_not_depend_on_the_devices():
+    check({"method": "sam", "crop_padding": 1, "flip": True, "cutout": 0.5}, devices=8)
+
+
+@pytest.mark.parametrize("way", ["shard_map", "pmap"])
+def test_statistics_of_each_device(way):
+    """Those of equal parts have the whole's mean, and on average a smaller variance."""
+    _, _, state, losses = trained(
+        method="sgd", devices=8, parallelism=way, batch_statistics="per-device"
+    )
+    expected, stats, _ = on_one_device(method="sgd")
+    assert abs(losses[0] - expected[0]) > 1e-3
+    first = state.stats["norms"][0], stats["norms"][0]
+    np.testing.assert_allclose(first[0]["mean"], first[1]["mean"], rtol=0.2, atol=0.1)
+    smaller = np.asarray(first[0]["var"]) < first[1]["var"]
+    assert smaller.mean() > 0.9
+
+
+@pytest.mark.parametrize("method", ["bisam-log", "sparse-dynamic", "friendly", "sampa"])
+def test_sharded_parameters(method):
+    options = {"method": method, "update_every": 2} if "sparse" in method else {"method": method}
+    check(options, devices=8, fsdp=4)
+    made = experiment(**options, devices=8, fsdp=4)
+    for leaf in jax.tree.leaves((made.state.params, made.state.optimizer)):
+        if leaf.ndim == 2 and leaf.size > 1000:
+            assert leaf.addressable_shards[0].data.size == leaf.size / 4
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_each_half_of_the_devices_has_one_of_sampas_gradients(devices):
+    def flops(**options):
+        made = experiment(method="sampa", batch_size=64, **options)
+        return made.compile().compiled.cost_analysis()["flops"]
+
+    assert flops(devices=devices) < 1.2 * flops(devices=1) / devices
+
+
+def test_evaluation_on_eight_devices():
+    for name in ("train", "validation", "test"):
+        results = []
+        for devices in (1, 8):
+            made = experiment(devices=devices)
+            split = getattr(made.dataset, name)
+            results.append(made.evaluate(made.state.params, made.state.stats, split))
+        assert results[0].accuracy == results[1].accuracy
+        np.testing.assert_allclose(results[0].loss, results[1].loss, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"devices": 9}, "--devices must be at most the 8 there are, got 9"),
+        ({"batch_size": 20}, "--batch-size must be a multiple of 8.*got 20: use 16, or fewer"),
+        ({"fsdp": 3}, "--fsdp must divide the number of devices, got 3 and 8"),
+        ({"fsdp": 2, "parallelism": "pmap"}, "--fsdp needs --parallelism jit, got pmap"),
+        (
+            {"group_size": 8, "parallelism": "shard_map"},
+            "--group-size must divide the 4 examples of each of 8 devices.*got 8: use .*jit",
+        ),
+        (
+            {"microbatch_size": 4, "parallelism": "pmap"},
+            "--microbatch-size must be a multiple of 8.*got 4",
+        ),
+        ({"batch_statistics": "per-device"}, "--batch-statistics per-device needs --parallelism"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(options, message):
+    with pytest.raises(ArgumentError, match=message):
+        experiment(**options)
