@@ -34,8 +34,8 @@ class Interruption:
     def __exit__(self, *exception: object) -> None:
         self._restore()
 
-    def noted(self) -> bool:
-        """Whether a signal came; asked before each launch."""
+    def noted(self, step: int) -> bool:
+        """Whether a signal came; asked before each launch, with the step it begins at."""
         return self.signal is not None
 
     def _note(self, number: int, frame: object) -> None:
@@ -59,14 +59,18 @@ class SharedInterruption(Interruption):
 
     def __init__(self) -> None:
         super().__init__()
-        self._asked = 0
+        self._next: int | None = None
 
     def __enter__(self) -> "SharedInterruption":
         return self
 
-    def noted(self) -> bool:
-        """See :class:`Interruption`; the processes must ask equally often."""
-        self._asked += 1
-        if multihost_utils.reached_preemption_sync_point(self._asked):
+    def noted(self, step: int) -> bool:
+        """See :class:`Interruption`; every process must ask at the same steps."""
+        # JAX says yes at one step alone, the same in all processes, and orbax asks it as well, with
+        # the step that it saves: so ask for every step since the last launch.
+        first = step if self._next is None else self._next
+        reached = map(multihost_utils.reached_preemption_sync_point, range(first, step + 1))
+        if any(list(reached)):
             self.signal = signal.SIGTERM
+        self._next = step + 1
         return self.signal is not None

@@ -163,7 +163,7 @@ def run(
     start: int,
     stop: int,
     note: Callable[[list[float]], None],
-    interrupted: Callable[[], bool] = lambda: False,
+    interrupted: Callable[[int], bool] = lambda step: False,
 ) -> tuple[TrainState, int]:
     """Launches from `start` up to `stop`, in the same epoch; returns the state and its step.
 
@@ -173,7 +173,7 @@ def run(
         start: a step.
         stop: a later one.
         note: is given the losses of each launch once they are there.
-        interrupted: asked before each launch, whether it is the last.
+        interrupted: asked before each launch, with its first step, whether to stop there.
     """
     under_way: collections.deque[tuple[jax.Array, int]] = collections.deque()
 
@@ -181,7 +181,7 @@ def run(
         losses, steps = under_way.popleft()
         note(np.asarray(losses)[:steps].tolist())
 
-    while start < stop and not interrupted():
+    while start < stop and not interrupted(start):
         end = min(stop, start + launch.steps_at_once)
         state, losses = launch(state, start, end)
         under_way.append((losses, end - start))

@@ -12,6 +12,7 @@ from tests.experiments.script import HEARTBEAT_TIMEOUT, start, start_together
 
 # 1,250 steps, a save every 50, so that a run can be stopped in the middle.
 LONG = ["--epochs", "10", "--batch-size", "10", "--checkpoint-every", "50", "--method", "friendly"]
+LONG += ["--learning-rate", "0.002"]  # so that rounding errors do not grow
 
 
 def ends(processes, status=0):
@@ -74,7 +75,7 @@ def test_two_processes_of_two_devices_give_the_numbers_of_one(way, tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "single")
     # One of them speaks.
     assert "test accuracy" in first
-    assert second == ""
+    assert all(line.startswith("[Gloo]") for line in second.splitlines())
     summary = runs.RunFolder(tmp_path / "two").read_summary()
     assert (summary["processes"], summary["devices"]) == (2, 4)
 

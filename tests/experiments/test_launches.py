@@ -105,13 +105,14 @@ def test_the_incomplete_last_batch_is_dropped():
 def test_an_interruption_is_the_last_launch():
     asked = []
 
-    def interrupted():
-        asked.append(None)
+    def interrupted(step):
+        asked.append(step)
         return len(asked) > 3
 
     noted = []
     state, reached = launches.run(in_memory(1), start(), 0, 5, noted.append, interrupted)
     assert reached == state.step == 3
+    assert asked == [0, 1, 2, 3]
     assert [len(losses) for losses in noted] == [1, 1, 1]
 
 
