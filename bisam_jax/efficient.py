@@ -171,7 +171,7 @@ def efficient_sam(
         if gamma < 1:
             before = example_losses_fn(params, None) if losses is None else losses
             rise = _checked(example_losses_fn(point, None)) - _checked(before)
-            chosen = jax.lax.top_k(rise, _number_chosen(gamma, rise.size))[1]
+            chosen = jax.lax.top_k(_unsharded(rise), _number_chosen(gamma, rise.size))[1]
         descent = gradient_of("loss_fn", lambda p: _checked(example_losses_fn(p, chosen)).mean())
         grads = for_base_optimizer(descent(point), updates, params)
         return grads, SharpnessAwareState(perturbation_state)
@@ -186,6 +186,12 @@ def _checked(losses: jax.Array) -> jax.Array:
             f"axis, got shape {jnp.shape(losses)}."
         )
     return jnp.asarray(losses, at_least_float32(losses.dtype))
+
+
+def _unsharded(losses: jax.Array) -> jax.Array:
+    """On a mesh with explicit axes, JAX looks for the largest along whole axes alone."""
+    explicit = jax.typeof(losses).sharding.mesh.are_all_axes_explicit
+    return jax.sharding.reshard(losses, jax.sharding.PartitionSpec()) if explicit else losses
 
 
 def _number_chosen(gamma: float, examples: int) -> int:

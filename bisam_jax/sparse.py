@@ -1,5 +1,6 @@
 """Sparse SAM: perturb only part of the weights."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -126,7 +127,9 @@ def fisher_mask(
         def renewed() -> optax.Params:
             scores = float_part(fisher_scores_fn(params))
             check_same_structure("what fisher_scores_fn returned", scores, updates)
-            return top_k_mask(scores, _rounded(int, jnp.floor, size_of(scores), 1 - sparsity))
+            new = top_k_mask(scores, _rounded(int, jnp.floor, size_of(scores), 1 - sparsity))
+            # A choice, so that the result varies over devices where the mask in the state does.
+            return jax.tree.map(functools.partial(jnp.where, due), new, state.fisher_mask)
 
         due = state.fisher_count % update_every == 0
         mask = jax.lax.cond(due, renewed, lambda: state.fisher_mask)

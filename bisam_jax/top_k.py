@@ -1,5 +1,8 @@
 """The largest entries of a whole tree."""
 
+import itertools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,7 +20,8 @@ def top_k_mask(scores: Any, k: jax.typing.ArrayLike) -> Any:
     """A mask of the `k` largest entries of all leaves together; of equals, the first in order.
 
     The k-th largest score is found bit by bit, since non-negative floats are ordered as their bits
-    are: each bit takes one count over the leaves where they lie, and no copy of the tree.
+    are, and then the last of its equals, by the bits of its place. Each bit takes one count over
+    the leaves where they lie: nothing is sorted, and no leaf is gathered from several devices.
 
     Args:
         scores: a tree of non-negative floating arrays.
@@ -35,29 +39,51 @@ def top_k_mask(scores: Any, k: jax.typing.ArrayLike) -> Any:
     bits = [jax.lax.bitcast_convert_type(jnp.abs(leaf.astype(dtype)), unsigned) for leaf in leaves]
     k = jnp.asarray(k, jnp.int32)
 
-    def count(compare: Any, threshold: jax.Array) -> jax.Array:
-        return sum((jnp.sum(compare(b, threshold), dtype=jnp.int32) for b in bits), jnp.int32(0))
+    def count(masks: list[jax.Array]) -> jax.Array:
+        return sum((jnp.sum(mask, dtype=jnp.int32) for mask in masks), jnp.int32(0))
 
-    def set_bit(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        bit = jnp.asarray(width - 1 - i, unsigned)
-        candidate = threshold | (jnp.ones([], unsigned) << bit)
-        return jnp.where(count(jnp.greater_equal, candidate) >= k, candidate, threshold)
+    threshold = _largest(width, unsigned, lambda t: count([b >= t for b in bits]) >= k)
+    room = k - count([b > threshold for b in bits])
+    starts = list(itertools.accumulate([0, *(b.size for b in bits)]))
+    size = starts.pop()
 
-    threshold = jax.lax.fori_loop(0, width, set_bit, jnp.zeros([], unsigned))
-    room = k - count(jnp.greater, threshold)
-    masks = []
-    for b in bits:
-        equal = b == threshold
-        masks.append((b > threshold) | (equal & (_rank(equal) <= room)))
-        room = room - jnp.sum(equal, dtype=jnp.int32)
+    def first_equals(end: jax.Array) -> list[jax.Array]:
+        return [
+            (b == threshold) & _before(end - start, b.shape)
+            for b, start in zip(bits, starts, strict=True)
+        ]
+
+    def last_place() -> jax.Array:
+        int32 = jnp.dtype("int32")
+        return _largest(size.bit_length(), int32, lambda end: count(first_equals(end)) <= room)
+
+    enough_room = count([b == threshold for b in bits]) <= room
+    end = jax.lax.cond(enough_room, lambda: jnp.maximum(room, size), last_place)
+    masks = [(b > threshold) | equal for b, equal in zip(bits, first_equals(end), strict=True)]
     return structure.unflatten(masks)
 
 
-def _rank(mask: jax.Array) -> jax.Array:
-    """The number of True entries up to each entry, in row-major order."""
-    sharding = jax.typeof(mask).sharding
-    explicit = sharding.mesh.are_all_axes_explicit
-    # On a mesh with explicit axes, JAX sums along the axes of a whole array alone.
-    whole = jax.sharding.reshard(mask, jax.sharding.PartitionSpec()) if explicit else mask
-    rank = jnp.cumsum(whole.ravel(), dtype=jnp.int32).reshape(mask.shape)
-    return jax.sharding.reshard(rank, sharding.spec) if explicit else rank
+def _largest(width: int, dtype: Any, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The largest integer of `width` bits for which a condition holds that holds for all less."""
+
+    def set_bit(i: jax.Array, value: jax.Array) -> jax.Array:
+        bit = jnp.asarray(width - 1 - i, dtype)
+        candidate = value | (jnp.ones([], dtype) << bit)
+        return jnp.where(holds(candidate), candidate, value)
+
+    # Outside of the loop, the first bit makes the carry vary over devices as the condition does.
+    first = set_bit(jnp.int32(0), jnp.zeros([], dtype))
+    return jax.lax.fori_loop(1, width, set_bit, first)
+
+
+def _before(place: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Which entries of an array come before a place in row-major order."""
+    rest = jnp.clip(place, 0, math.prod(shape))
+    before, so_far_equal = jnp.zeros([], bool), jnp.ones([], bool)
+    for axis in range(len(shape)):
+        stride = max(math.prod(shape[axis + 1 :]), 1)
+        coordinate, rest = rest // stride, rest % stride
+        index = jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+        before = before | (so_far_equal & (index < coordinate))
+        so_far_equal = so_far_equal & (index == coordinate)
+    return before | (so_far_equal & (rest > 0))

@@ -10,7 +10,11 @@ XLA counts the body of a loop once: of tilted's three samples, run in a loop, tw
 
     python -m experiments.benchmark --loop
 
-compares the training loop with the bare step instead.
+compares the training loop with the bare step instead, and
+
+    python -m experiments.benchmark --scaling --network mlp --batch-size 64
+
+counts what a step asks of each of 1 to 64 devices; docs/scaling.md has the result.
 """
 
 import dataclasses
@@ -25,14 +29,24 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 import bisam_jax
-from experiments import benchmark_loop, command_line, data, methods, models, training
+from experiments import (
+    benchmark_loop,
+    benchmark_scaling,
+    command_line,
+    data,
+    methods,
+    models,
+    training,
+)
 
 NETWORKS = {
     "mlp": ("784-512-512-10", {"width": 512}),
     "cnn": ("32-64-128", {}),
+    "resnet20": ("16-32-64", {}),
 }
 IMAGE_SHAPE = (28, 28, 1)
 CLASSES = 10
@@ -45,15 +59,17 @@ class Config:
     steps: int = 100
     """Counted steps of each method."""
     batch_size: int = 128
-    """Examples a step."""
+    """Examples a step; with --scaling, of each device."""
     rho: float = 0.05
     """Radius of the perturbation."""
-    network: Literal["mlp", "cnn", "both"] = "both"
-    """A perceptron 784-512-512-10, a small convolutional network, or both."""
+    network: Literal["mlp", "cnn", "resnet20", "both"] = "both"
+    """A perceptron 784-512-512-10, a small convolutional network, ResNet-20, or the first two."""
     family: bool = True
     """Whether to measure every method of the training script too."""
     loop: bool = False
     """Measure what the training loop adds to a step instead; --steps counts rounds of 20 steps."""
+    scaling: bool = False
+    """Count what a step asks of each of 1 to 64 simulated devices instead; nothing is timed."""
     output: Path = Path("benchmark.json")
     """Where the numbers go."""
 
@@ -62,6 +78,8 @@ class Config:
         for name, value in (("--steps", self.steps), ("--batch-size", self.batch_size)):
             if value < 2:
                 raise ValueError(f"{name} must be at least 2, got {value}")
+        if self.loop and self.scaling:
+            raise ValueError("--loop and --scaling exclude each other")
         if not 0 <= self.rho < math.inf:
             raise ValueError(f"--rho must be finite, at least 0, got {self.rho}")
         if self.output.is_dir() or not self.output.parent.is_dir():
@@ -127,6 +145,9 @@ def family(apply: Callable, params: Any, stats: Any, rho: float) -> list[Subject
     optimizer = optax.sgd(0.1, momentum=0.9)
     loss = optax.losses.softmax_cross_entropy_with_integer_labels
 
+    def as_batch(batch: data.Split) -> training.Batch:
+        return training.Batch(*batch, positions=jnp.arange(len(batch.labels)))
+
     def subject(name: str, perturbation: str) -> Subject:
         hyperparameters = {
             **methods.PERTURBATION_DEFAULTS[perturbation],
@@ -138,12 +159,13 @@ def family(apply: Callable, params: Any, stats: Any, rho: float) -> list[Subject
 
         def update(params: Any, state: Any, batch: data.Split) -> tuple:
             full = training.TrainState(params=params, stats=stats, **state)
-            new, _ = step(full, batch)
+            new, _ = step(full, as_batch(batch))
             kept = {name: getattr(new, name) for name in state}
             return new.params, kept
 
         def init(params: Any, batch: data.Split) -> dict[str, Any]:
-            state = training.init_state(params, stats, method, batch, jax.random.key(0))._asdict()
+            example, key = as_batch(batch), jax.random.key(0)
+            state = training.init_state(params, stats, method, example, key)._asdict()
             return {name: state[name] for name in state if name not in ("params", "stats")}
 
         return Subject(f"{name}, {perturbation}", update, init)
@@ -255,7 +277,19 @@ def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
     config = command_line.parse(Config, __doc__ or "", args)
     results = {}
-    for network in NETWORKS if config.network == "both" else [config.network]:
+    for network in ["mlp", "cnn"] if config.network == "both" else [config.network]:
+        if config.scaling:
+            problem = {
+                "network": network,
+                "options": NETWORKS[network][1],
+                "image_shape": IMAGE_SHAPE,
+                "classes": CLASSES,
+                "examples": config.batch_size,
+            }
+            results[network] = benchmark_scaling.run(problem, config.rho)
+            heading = f"{network} {NETWORKS[network][0]}, {config.batch_size} examples a device"
+            print(f"\n{heading}\n\n{benchmark_scaling.table(results[network])}", flush=True)
+            continue
         if config.loop:
             results[network] = benchmark_loop.measure(network, config.batch_size, config.steps)
             print(

@@ -40,6 +40,7 @@ class Experiment:
 
     def __init__(self, config: Config, dataset: data.Dataset | None = None) -> None:
         config = config.resolved()
+        self.layout = layout.layout_of(config)
         dataset = dataset or data.load(
             config.dataset,
             data_dir=config.data_dir,
@@ -58,7 +59,6 @@ class Experiment:
                 f"got {config.batch_size}"
             )
         self.config = config.with_epochs_of(self.steps_per_epoch)
-        self.layout = layout.layout_of(config)
         self.dataset = dataset._replace(
             train=self._on_devices(dataset.train),
             validation=self._on_devices(dataset.validation),
@@ -123,21 +123,31 @@ class Experiment:
 
     def step(self) -> training.StepOnStored:
         """The training step, on stored images and over all devices."""
-        step = over_devices(self._step_of_one(), self.config.parallelism, self.layout)
+        step = over_devices(self._step_of_one(), self._parallelism, self.layout)
         return lambda state, stored: step(state, training.prepared(stored, self._prepare, state))
+
+    @property
+    def _parallelism(self) -> str:
+        """That of the step, which may be another than the configuration's."""
+        config, parts = self.config, self.layout.parts
+        if config.parallelism != "jit" or config.group_size is None or config.fsdp > 1:
+            return config.parallelism
+        # XLA cannot split the convolutions of many models at once over devices: where groups fit
+        # on a device, it gets them one by one.
+        at_once = config.microbatch_size or self.batch_size
+        return "shard_map" if parts > 1 and at_once % (parts * config.group_size) == 0 else "jit"
 
     def _step_of_one(self) -> training.Step:
         config = self.config
         loss = training.cross_entropy(config.label_smoothing)
         devices = devices_of(
-            config.parallelism,
+            self._parallelism,
             self.layout,
             shared_statistics=self._statistics_axis is not None,
         )
         if config.group_size is None and config.microbatch_size is None:
             return training.make_step(self._apply, self._method, loss, devices)
-        in_one_program = config.parallelism == "jit"
-        seen = 1 if in_one_program else self.layout.parts
+        seen = 1 if self._parallelism == "jit" else self.layout.parts
         return training.make_step_in_parts(
             self._apply,
             self._method,

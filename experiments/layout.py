@@ -6,12 +6,14 @@ gradients   SAMPa's two gradients, each on one half of the devices; otherwise of
 data        parts of the batch
 fsdp        parts of the parameters and of everything that has their shapes
 
-A batch lies over `data` alone: were it split over `fsdp` too, XLA would gather whole parameters on
-every device; as it is, they stay where they are, and activations move.
+A batch lies over `data`, and over `fsdp` too where its activations outweigh the parameters: XLA
+then gathers parameters on every device as it needs them. Elsewhere the parameters stay where they
+are, none is ever whole, and activations move.
 """
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.config import ArgumentError, Config
 from experiments.data import Split
+from experiments.models import ARCHITECTURES
 from experiments.training import TrainState
 
 GRADIENTS, DATA, FSDP = "gradients", "data", "fsdp"
@@ -29,14 +32,20 @@ GRADIENTS, DATA, FSDP = "gradients", "data", "fsdp"
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh and what lies where on it; :func:`layout_of` makes one from a configuration."""
+    """A mesh and what lies where on it; :func:`layout_of` makes one from a configuration.
+
+    Attributes:
+        mesh: of the axes above.
+        batch_axes: those over which batches lie.
+    """
 
     mesh: Mesh
+    batch_axes: tuple[str, ...] = (DATA,)
 
     @property
     def parts(self) -> int:
         """The number of parts of a batch."""
-        return self.mesh.shape[DATA]
+        return math.prod(self.mesh.shape[axis] for axis in self.batch_axes)
 
     @property
     def whole(self) -> NamedSharding:
@@ -46,7 +55,7 @@ class Layout:
     @property
     def split(self) -> NamedSharding:
         """The first axis, that of examples, over the devices."""
-        return NamedSharding(self.mesh, P(DATA))
+        return NamedSharding(self.mesh, P(self.batch_axes))
 
     def of_state(self, state: TrainState) -> TrainState:
         """The sharding of each leaf of a training state: arrays or shapes."""
@@ -73,7 +82,12 @@ class Layout:
 
     def put(self, split: Split) -> Split:
         """All of a split, NumPy arrays, on every device."""
-        return jax.tree.map(lambda x: jax.device_put(np.asarray(x), self.whole), split)
+
+        # Not device_put, which would send it to all processes to see that it is the same.
+        def put(x: np.ndarray) -> jax.Array:
+            return jax.make_array_from_callback(x.shape, self.whole, lambda _: x)
+
+        return jax.tree.map(put, split)
 
     def rows_here(self, size: int) -> np.ndarray:
         """The rows of a batch of `size` that this process's devices hold."""
@@ -97,7 +111,7 @@ class Layout:
         return jax.lax.with_sharding_constraint(batch, self.split)
 
     def jit(self, launch: Callable, state: TrainState) -> Any:
-        """Compiles `launch(state, ...)`, which returns the next state and losses."""
+        """`jax.jit` of `launch(state, ...)`, which returns the next state and losses."""
         shardings = self.of_state(state), self.whole
         return jax.jit(launch, donate_argnums=0, out_shardings=shardings)
 
@@ -129,10 +143,12 @@ def layout_of(config: Config) -> Layout:
     parts = count // config.fsdp
     halves = 2 if _over_halves(config) and parts % 2 == 0 else 1
     shape = (halves, parts // halves, config.fsdp)
-    _check_batch(config, shape[1])
     axis_types = (AxisType.Auto,) * 3
     mesh = jax.make_mesh(shape, (GRADIENTS, DATA, FSDP), axis_types, devices=devices)
-    return Layout(mesh)
+    activations_move = ARCHITECTURES[config.model or ""].weighs_more_than_batches
+    layout = Layout(mesh, (DATA,) if activations_move else (DATA, FSDP))
+    _check_batch(config, layout.parts)
+    return layout
 
 
 def gradient_axis(config: Config, layout: Layout) -> str | None:

@@ -34,14 +34,17 @@ class Architecture(NamedTuple):
         module: called with the image shape and the number of classes.
         convolutional: whether steps are launched one by one on CPU, where XLA runs convolutions
             inside a scan many times slower.
+        weighs_more_than_batches: whether there is less to move in a batch's activations than in
+            the parameters.
     """
 
     module: Callable[..., nnx.Module]
     convolutional: bool = True
+    weighs_more_than_batches: bool = False
 
 
 ARCHITECTURES = {
-    "mlp": Architecture(MLP, convolutional=False),
+    "mlp": Architecture(MLP, convolutional=False, weighs_more_than_batches=True),
     "cnn": Architecture(CNN),
     "resnet20": Architecture(partial(CifarResNet, depth=20)),
     "resnet32": Architecture(partial(CifarResNet, depth=32)),

@@ -1,5 +1,6 @@
 """Means over a split, whatever its length."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def test_accuracy_and_loss():
 def test_each_example_counts_once(examples, layout):
     rng = np.random.default_rng(examples)
     logits, labels = rng.normal(size=(examples, 3)).astype(np.float32), np.arange(examples) % 3
-    held = layout.put(split(logits, labels))
+    held = layout.put(jax.device_get(split(logits, labels)))
     result = evaluation.make_evaluate(apply, lambda x: x, 5, layout)({}, {}, held)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(result.accuracy, (logits.argmax(-1) == labels).mean(), rtol=1e-6)
