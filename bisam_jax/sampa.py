@@ -201,9 +201,14 @@ def _gradients(
         return gradient(points[0], batches[0]), gradient(points[1], batches[1])
     floats = [float_part(point) for point in points]
 
-    # Not vmap: XLA cannot split its convolutions over devices.
+    # Not vmap: XLA cannot split its convolutions over devices. Not checked: a loss that starts a
+    # loop from zeros would have to know of the axis.
     @functools.partial(
-        jax.shard_map, in_specs=P(axis), out_specs=P(axis), axis_names=frozenset({axis})
+        jax.shard_map,
+        in_specs=P(axis),
+        out_specs=P(axis),
+        axis_names=frozenset({axis}),
+        check_vma=False,
     )
     def of_this_half(stacked: Any) -> optax.Updates:
         floating, batch = jax.tree.map(lambda x: x[0], stacked)

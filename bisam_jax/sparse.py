@@ -62,6 +62,11 @@ def fisher_scores(
     References:
         Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach
         <https://arxiv.org/abs/2210.05177>`_, 2022
+
+    .. note:: Under :func:`jax.shard_map` with varying-axis checks, give it parameters that vary,
+        ``jax.lax.pcast(params, axis_name, to="varying")``, and sum what it returns over the
+        devices: gradients of replicated parameters are summed before they are squared. Under
+        :func:`jax.jit` with a sharded batch, every device computes the scores of all examples.
     """
     sum_of_squares, _ = micro_grad(
         loss_fn,

@@ -53,12 +53,9 @@ def top_k_mask(scores: Any, k: jax.typing.ArrayLike) -> Any:
             for b, start in zip(bits, starts, strict=True)
         ]
 
-    def last_place() -> jax.Array:
-        int32 = jnp.dtype("int32")
-        return _largest(size.bit_length(), int32, lambda end: count(first_equals(end)) <= room)
-
-    enough_room = count([b == threshold for b in bits]) <= room
-    end = jax.lax.cond(enough_room, lambda: jnp.maximum(room, size), last_place)
+    end = _largest(
+        size.bit_length(), jnp.dtype("int32"), lambda end: count(first_equals(end)) <= room
+    )
     masks = [(b > threshold) | equal for b, equal in zip(bits, first_equals(end), strict=True)]
     return structure.unflatten(masks)
 
@@ -71,9 +68,9 @@ def _largest(width: int, dtype: Any, holds: Callable[[jax.Array], jax.Array]) ->
         candidate = value | (jnp.ones([], dtype) << bit)
         return jnp.where(holds(candidate), candidate, value)
 
-    # Outside of the loop, the first bit makes the carry vary over devices as the condition does.
-    first = set_bit(jnp.int32(0), jnp.zeros([], dtype))
-    return jax.lax.fori_loop(1, width, set_bit, first)
+    # The carry must vary over devices as the condition does, for shard_map's checks.
+    zero = jnp.zeros_like(holds(jnp.zeros([], dtype)), dtype=dtype)
+    return jax.lax.fori_loop(0, width, set_bit, zero)
 
 
 def _before(place: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -146,6 +146,16 @@ def test_each_half_computes_one_gradient():
     assert set(collectives) == {"all-gather"}
 
 
+def test_a_loss_on_one_half_need_not_know_of_it():
+    def loss_fn(w, batch):
+        return jax.lax.fori_loop(0, 2, lambda _, total: total + batch @ w, jnp.zeros([]))
+
+    tx = sampa(optax.sgd(0.1), gradient_axis="gradients")
+    update = jax.jit(functools.partial(tx.update, batch_loss_fn=loss_fn))
+    with jax.set_mesh(mesh_of(2, 1)):
+        update.trace(None, tx.init(W), jnp.asarray(W), batch=W, previous_batch=W)
+
+
 @pytest.mark.parametrize(
     ("mesh", "got"),
     [
