@@ -10,6 +10,8 @@ from experiments import runs
 from tests.experiments import tiny_dataset
 from tests.experiments.script import HEARTBEAT_TIMEOUT, start, start_together
 
+pytestmark = pytest.mark.processes
+
 # 1,250 steps, a save every 50, so that a run can be stopped in the middle.
 LONG = ["--epochs", "10", "--batch-size", "10", "--checkpoint-every", "50", "--method", "friendly"]
 LONG += ["--learning-rate", "0.002"]  # so that rounding errors do not grow

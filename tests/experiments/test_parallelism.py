@@ -11,6 +11,8 @@ from experiments import launches, methods
 from experiments.config import ArgumentError, Config
 from experiments.experiment import Experiment
 
+pytestmark = pytest.mark.devices
+
 WAYS = ("jit", "shard_map", "pmap")
 STEPS = 4
 

@@ -17,6 +17,8 @@ from experiments.checkpoints import UNKNOWN, Checkpoints
 from experiments.experiment import Experiment
 from tests.experiments.script import start
 
+pytestmark = pytest.mark.processes
+
 # 1,884 steps, a save every 40: a run is in the middle of an epoch, and of a save, most of the time.
 LONG = ["--epochs", "6", "--batch-size", "4", "--learning-rate", "0.01", "--checkpoint-every", "40"]
 STEPS = 6 * 314
