@@ -6,9 +6,11 @@ their part of a checkpoint, for which the folder must be on a file system that t
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -83,7 +85,13 @@ def from_first(make: Callable[[], str]) -> str:
     return message["value"]
 
 
-# JAX ends a process whose peer is gone from a thread of its own, without an exception: another
+def abandon(error: jax.errors.JaxRuntimeError) -> NoReturn:
+    """Ends this process after what may be the loss of another, for which JAX would wait."""
+    print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+# JAX ends a process whose peer is silent from a thread of its own, without an exception: another
 # process has to say what that means.
 _LAST_WORDS = "import sys; sys.stdin.read() == 'left' or sys.stderr.write(sys.argv[1])"
 

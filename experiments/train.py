@@ -69,12 +69,16 @@ def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
         except NonFiniteLossError as error:
             run.write_summary(str(error))
             raise
+        except jax.errors.JaxRuntimeError as error:
+            if shared:
+                processes.abandon(error)
+            raise
 
 
 _LAST_WORDS = (
-    "error: this process was ended; if JAX says above that a task died or cannot be reached, "
-    "another process of the run is gone. Start all of them again with --resume {}: the run goes "
-    "on from its last checkpoint\n"
+    "error: this process was ended; if it says above that a task died or that a connection is "
+    "lost, another process of the run is gone. Start all of them again with --resume {}: the run "
+    "goes on from its last checkpoint\n"
 )
 
 

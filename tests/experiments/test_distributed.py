@@ -12,9 +12,9 @@ from tests.experiments.script import HEARTBEAT_TIMEOUT, start, start_together
 
 pytestmark = pytest.mark.processes
 
-# 1,250 steps, a save every 50, so that a run can be stopped in the middle.
-LONG = ["--epochs", "10", "--batch-size", "10", "--checkpoint-every", "50", "--method", "friendly"]
-LONG += ["--learning-rate", "0.002"]  # so that rounding errors do not grow
+# 416 steps, a save every 50, so that a run can be stopped in the middle.
+LONG = ["--epochs", "4", "--batch-size", "12", "--checkpoint-every", "50", "--method", "friendly"]
+LONG += ["--learning-rate", "0.0005"]  # so that rounding errors do not grow
 
 
 def ends(processes, status=0):
@@ -67,11 +67,10 @@ def alone(tmp_path_factory):
 
 @pytest.mark.parametrize("way", ["jit", "shard_map"])
 def test_two_processes_of_two_devices_give_the_numbers_of_one(way, tmp_path):
-    options = ["--epochs", 3, "--batch-size", 16, "--train-examples", 160, "--method", "bisam-log"]
+    options = ["--epochs", 2, "--batch-size", 16, "--train-examples", 160, "--method", "bisam-log"]
+    options += ["--parallelism", way]
     single = start(*options, "--output", tmp_path / "single", cwd=tmp_path)
-    two = start_together(
-        *options, "--parallelism", way, "--output", tmp_path / "two", cwd=tmp_path, devices=2
-    )
+    two = start_together(*options, "--output", tmp_path / "two", cwd=tmp_path, devices=2)
     (first, _), (second, _) = ends(two)
     ends([single])
     assert_same_run(tmp_path / "two", tmp_path / "single")

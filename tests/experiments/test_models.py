@@ -417,7 +417,7 @@ def test_only_the_positions_tell_patches_apart():
 
 
 def test_attention():
-    block = module(vit.Block, 6, 2, 0.0)
+    block = module(vit.Block, 6, 2)
     block.projection.kernel[...], block.projection.bias[...] = jnp.eye(6), jnp.zeros(6)
     x = normal(1, 5, 6)
     query, key, value = np.split(np.asarray(block.query_key_value(x))[0], 3, axis=1)

@@ -62,29 +62,42 @@ def all_reduces(program):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("method", methods.DEFAULTS)
 def test_eight_devices(method, way):
-    options = {"method": method, "update_every": 2} if "sparse" in method else {"method": method}
-    check(options, devices=8, parallelism=way)
+    # What is cheap to compile.
+    few = {"sparse": {"update_every": 2}, "tilted": {"num_samples": 2}}.get(method[:6], {})
+    check({"method": method, **few}, devices=8, parallelism=way)
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("method", ["sgd", "sam", "bisam-log", "sampa"])
+@pytest.mark.parametrize("method", ["bisam-log", "sampa"])
 def test_two_devices(method, way):
     check({"method": method}, devices=2, parallelism=way)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_ascended_loss_of_bisam(way):
-    check({"method": "efficient", "perturbation": "log", "gamma": 0.35}, parallelism=way)
-    check({"method": "sampa", "perturbation": "tanh"}, parallelism=way)
+@pytest.mark.parametrize("way", ["jit", "shard_map"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        # Of 32 examples 11 are chosen, which 8 devices cannot share evenly.
+        {"method": "efficient", "perturbation": "log", "gamma": 0.35},
+        {"method": "sampa", "perturbation": "tanh"},
+    ],
+    ids=["efficient", "sampa"],
+)
+def test_the_ascended_loss_of_bisam(options, way):
+    check(options, devices=8, parallelism=way)
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("method", ["bisam-log", "sparse-dynamic", "tilted", "friendly"])
-def test_groups(method, way):
-    program = check({"method": method, "group_size": 4}, devices=8, parallelism=way)
-    if method == "bisam-log":
-        # The perturbation is each group's own: gradients are summed once, with all else.
-        assert all_reduces(program) == 1
+def test_groups(way):
+    program = check({"method": "bisam-log", "group_size": 4}, devices=8, parallelism=way)
+    # The perturbation is each group's own: gradients are summed once, with all else.
+    assert all_reduces(program) == 1
+
+
+@pytest.mark.parametrize("method", ["sparse-dynamic", "friendly"])
+def test_groups_of_a_method_with_state(method):
+    for way in ("shard_map", "pmap"):
+        check({"method": method, "group_size": 4, "update_every": 2}, devices=8, parallelism=way)
 
 
 def test_groups_that_are_larger_than_a_device():
