@@ -85,7 +85,7 @@ def from_first(make: Callable[[], str]) -> str:
     return message["value"]
 
 
-def abandon(error: jax.errors.JaxRuntimeError) -> NoReturn:
+def abandon(error: Exception) -> NoReturn:
     """Ends this process after what may be the loss of another, for which JAX would wait."""
     print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
     os._exit(1)
