@@ -110,6 +110,8 @@ class Checkpoints:
             reason = "the arrays are not those that were saved"
         # Whatever a file that is not what it was makes the readers raise.
         except Exception as error:
+            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # It may be another process that was lost.
             reason = _first_line(error)
         _forget_failed_reads()
         raise CheckpointError(

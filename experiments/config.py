@@ -27,7 +27,8 @@ OTHER_DATASETS = {**_IMAGES, "crop_padding": 0, "flip": True}
 # Methods whose step needs more than gradients of a batch.
 NOT_IN_PARTS = ("efficient", "sparse-fisher", "sampa")
 
-# What says where a run is computed, and changes nothing but the rounding of its numbers.
+# What says where a run is computed. It changes nothing but the rounding of its numbers, unless
+# batch statistics are per device.
 PLACES = ("devices", "parallelism", "fsdp")
 
 FLOAT32_MAX = 3.4e38

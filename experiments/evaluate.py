@@ -50,6 +50,9 @@ def accuracy_and_loss(experiment: Experiment, state: TrainState) -> dict[str, An
     return results
 
 
+# How devices share a training step is nothing to an evaluation.
+_AS_ONE: dict[str, Any] = {"parallelism": "jit", "batch_statistics": "synchronised"}
+
 # By name: functions of an experiment and a state, whose results are JSON.
 MEASURES: dict[str, Callable[[Experiment, TrainState], dict[str, Any]]] = {
     "accuracy_and_loss": accuracy_and_loss,
@@ -66,8 +69,10 @@ def evaluate(arguments: Arguments) -> dict[str, Any]:
     """
     config = train.load_config(arguments.run)
     names = ("data_dir", "devices", "fsdp")
-    given = {name: getattr(arguments, name) for name in names if getattr(arguments, name)}
-    config = dataclasses.replace(config, **given)
+    given = {
+        name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None
+    }
+    config = dataclasses.replace(config, **given | _AS_ONE)
     folder = runs.RunFolder(arguments.run)
     if not folder.checkpoints.is_dir():
         raise ArgumentError(f"{arguments.run} has no checkpoints: it was stopped before the first")

@@ -173,13 +173,20 @@ def _devices(count: int | None) -> list[Any]:
 
 def _check_batch(config: Config, parts: int) -> None:
     size = config.batch_size or 0
+    per_device = config.batch_statistics == "per-device"
+    if per_device and config.group_size is not None:
+        raise ArgumentError("--batch-statistics per-device has no meaning with --group-size")
+    if per_device and (config.microbatch_size or size) < 2 * parts:
+        raise ArgumentError(
+            f"--batch-statistics per-device needs 2 examples on each of {parts} devices at a time"
+        )
     if size % parts:
         raise ArgumentError(
             f"--batch-size must be a multiple of {parts}, the number of devices that share it, "
             f"got {size}: use {max(size // parts, 1) * parts}, or fewer --devices"
         )
     if config.parallelism == "jit":
-        if config.batch_statistics == "per-device" and parts > 1:
+        if per_device and parts > 1:
             raise ArgumentError(
                 "--batch-statistics per-device needs --parallelism shard_map or pmap"
             )

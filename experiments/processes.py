@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -22,6 +23,7 @@ _MESSAGE_BYTES = 8192
 
 
 def join(
+    distributed: bool,
     coordinator_address: str | None,
     num_processes: int | None,
     process_id: int | None,
@@ -30,6 +32,7 @@ def join(
     """Joins the other processes; before anything else is asked of JAX.
 
     Args:
+        distributed: whether there are others.
         coordinator_address: host and port of the first process; with the next two, None where JAX
             finds them by itself, as on TPUs and under Slurm.
         num_processes: how many there are.
@@ -41,6 +44,14 @@ def join(
         ArgumentError: if some are missing, or the others cannot be reached.
     """
     given = [value is not None for value in (coordinator_address, num_processes, process_id)]
+    if heartbeat_timeout < 1:
+        raise ArgumentError(f"--heartbeat-timeout must be at least 1, got {heartbeat_timeout}")
+    if not distributed:
+        if any(given):
+            raise ArgumentError(
+                "--coordinator-address, --num-processes and --process-id need --distributed"
+            )
+        return
     if any(given) and not all(given):
         raise ArgumentError(
             "--coordinator-address, --num-processes and --process-id belong together: give all "
@@ -76,7 +87,7 @@ def from_first(make: Callable[[], str]) -> str:
         try:
             message["value"] = make()
         except ArgumentError as error:
-            message["error"] = str(error)
+            message["error"] = str(error)[: _MESSAGE_BYTES // 8]
     padded = json.dumps(message).encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES)
     received = multihost_utils.broadcast_one_to_all(np.frombuffer(padded, np.uint8))
     message = json.loads(np.asarray(received, np.uint8).tobytes())
@@ -87,7 +98,8 @@ def from_first(make: Callable[[], str]) -> str:
 
 def abandon(error: Exception) -> NoReturn:
     """Ends this process after what may be the loss of another, for which JAX would wait."""
-    print(f"error: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+    traceback.print_exception(error)
+    sys.stderr.flush()
     os._exit(1)
 
 

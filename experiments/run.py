@@ -73,6 +73,8 @@ class Run:
         here = ("output", "data_dir", "workers", "checkpoint_every", "keep_checkpoints")
         for name in here + PLACES:
             del values[name]
+        if self.config.batch_statistics == "per-device":
+            values["parts_of_a_batch"] = self.experiment.layout.parts
         return values | {"steps_per_epoch": self.experiment.steps_per_epoch}
 
     def train(self, interruption: Interruption) -> None:

@@ -18,7 +18,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -45,7 +45,8 @@ def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
         CheckpointError: if a checkpoint cannot be read.
         NonFiniteLossError: if a loss is not finite; names the step.
         KeyboardInterrupt: on Ctrl-C, after the launch under way, with a checkpoint of it. Then,
-            and after a SIGTERM, which returns, the summary's status is "interrupted".
+            and after a SIGTERM, which returns, the summary's status is "interrupted". Of several
+            processes, Ctrl-C ends one at once.
     """
     if resume is not None:
         summary = runs.RunFolder(resume).read_summary()
@@ -56,18 +57,20 @@ def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
         interruption = stack.enter_context(SharedInterruption() if shared else Interruption())
         if resume is None:
             processes.from_first(lambda: _check_output(config.output))  # before the data is read
-        experiment = Experiment(config)
-        folder = stack.enter_context(contextlib.closing(_open(experiment.config, resume)))
         if shared:
-            stack.enter_context(processes.last_words(_LAST_WORDS.format(folder.path)))
-        values = _as_json(experiment.config)
-        print(" ".join(f"{name}={value}" for name, value in values.items()))
-        run = stack.enter_context(contextlib.closing(Run(experiment, folder)))
+            stack.enter_context(processes.last_words(_last_words(resume or config.output)))
+        run = None
         try:
+            experiment = Experiment(config)
+            folder = stack.enter_context(contextlib.closing(_open(experiment.config, resume)))
+            values = _as_json(experiment.config)
+            print(" ".join(f"{name}={value}" for name, value in values.items()))
+            run = stack.enter_context(contextlib.closing(Run(experiment, folder)))
             run.train(interruption)
             return run.finish(interruption)
         except NonFiniteLossError as error:
-            run.write_summary(str(error))
+            if run is not None:
+                run.write_summary(str(error))
             raise
         except jax.errors.JaxRuntimeError as error:
             if shared:
@@ -75,11 +78,12 @@ def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
             raise
 
 
-_LAST_WORDS = (
-    "error: this process was ended; if it says above that a task died or that a connection is "
-    "lost, another process of the run is gone. Start all of them again with --resume {}: the run "
-    "goes on from its last checkpoint\n"
-)
+def _last_words(folder: Path | None) -> str:
+    return (
+        "error: this process was ended; if it says above that a task died or that a connection is "
+        "lost, another process of the run is gone. Start all of them again with "
+        f"--resume {folder or 'and the run folder'}: the run goes on from its last checkpoint\n"
+    )
 
 
 def _check_output(path: Path | None) -> str:
@@ -140,6 +144,11 @@ class Arguments(Config):
 
     resume: Path | None = None
     """Go on with this run, as if it had never stopped; it has its configuration already."""
+    # None, to tell what was asked for when a run goes on.
+    parallelism: Literal["jit", "shard_map", "pmap"] | None = None  # type: ignore[assignment]
+    """One program for all devices, or one for each (default jit)."""
+    fsdp: int | None = None  # type: ignore[assignment]
+    """Split parameters and optimizer state over so many of the devices (default 1)."""
 
     distributed: bool = False
     """Join other processes, each started with this same command; see docs/devices.md."""
@@ -154,14 +163,14 @@ class Arguments(Config):
 
     def given(self) -> list[str]:
         """The options that are not at their default."""
-        fields = dataclasses.fields(Config)
-        return [f.name for f in fields if getattr(self, f.name) != f.default]
+        names = {field.name for field in dataclasses.fields(Config)}
+        fields = [field for field in dataclasses.fields(self) if field.name in names]
+        return [field.name for field in fields if getattr(self, field.name) != field.default]
 
 
 def _config_of(arguments: Arguments) -> Config:
     if arguments.resume is None:
-        fields = dataclasses.fields(Config)
-        return Config(**{field.name: getattr(arguments, field.name) for field in fields})
+        return Config(**{name: getattr(arguments, name) for name in arguments.given()})
     config = load_config(arguments.resume)
     changed = arguments.given()
     if not set(changed) <= {"data_dir", *PLACES}:
@@ -177,13 +186,13 @@ def main(args: Sequence[str] | None = None) -> None:
     presets = {name: Arguments(**dataclasses.asdict(config)) for name, config in PRESETS.items()}
     arguments = command_line.parse(Arguments, __doc__ or "", args, presets)
     try:
-        if arguments.distributed:
-            processes.join(
-                arguments.coordinator_address,
-                arguments.num_processes,
-                arguments.process_id,
-                arguments.heartbeat_timeout,
-            )
+        processes.join(
+            arguments.distributed,
+            arguments.coordinator_address,
+            arguments.num_processes,
+            arguments.process_id,
+            arguments.heartbeat_timeout,
+        )
         with contextlib.ExitStack() as stack:
             if not processes.is_first():
                 silence = stack.enter_context(open(os.devnull, "w"))

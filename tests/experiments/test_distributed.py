@@ -98,7 +98,7 @@ def test_a_termination_of_one_process_saves_in_all(alone, tmp_path):
     (out, _), _ = ends(processes)
     assert "saved at step" in out
     # On with another number of processes and of devices.
-    ends([start("--resume", folder, "--devices", 2, cwd=tmp_path, devices=2)])
+    ends([start("--resume", folder, "--devices", 2, "--fsdp", 2, cwd=tmp_path, devices=2)])
     assert_same_run(folder, alone)
 
 
@@ -118,11 +118,19 @@ def test_when_one_process_is_killed_the_other_ends_with_a_message(victim, alone,
     assert_same_run(folder, alone)
 
 
-def test_arguments_that_belong_together(tmp_path):
-    process = start("--distributed", "--num-processes", 2, cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--distributed"], "--coordinator-address, --num-processes and --process-id belong"),
+        ([], "--coordinator-address, --num-processes and --process-id need --distributed"),
+    ],
+    ids=["alone", "without"],
+)
+def test_arguments_that_belong_together(args, message, tmp_path):
+    process = start("--num-processes", 2, *args, cwd=tmp_path)
     ((_, err),) = ends([process], status=2)
     assert err.count("\n") == 1
-    assert "--coordinator-address, --num-processes and --process-id belong together" in err
+    assert message in err
 
 
 def test_what_is_wrong_in_one_process_ends_all(tmp_path):

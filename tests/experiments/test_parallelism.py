@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import launches, methods
+from experiments import command_line, launches, methods, train
 from experiments.config import ArgumentError, Config
 from experiments.experiment import Experiment
 
@@ -226,8 +226,29 @@ def test_evaluation_on_eight_devices():
             "--microbatch-size must be a multiple of 8.*got 4",
         ),
         ({"batch_statistics": "per-device"}, "--batch-statistics per-device needs --parallelism"),
+        (
+            {"batch_statistics": "per-device", "parallelism": "pmap", "batch_size": 8},
+            "--batch-statistics per-device needs 2 examples on each of 8",
+        ),
+        (
+            {"batch_statistics": "per-device", "parallelism": "pmap", "group_size": 4},
+            "per-device has no meaning with --group-size",
+        ),
     ],
 )
 def test_what_cannot_be_shared_is_refused(options, message):
     with pytest.raises(ArgumentError, match=message):
         experiment(**options)
+
+
+def test_a_run_goes_on_in_another_way(tmp_path):
+    """Also in the ways that are the default."""
+    run = tmp_path / "run"
+    args = ["--train-examples", "128", "--epochs", "1", "--output", str(run)]
+    train.main([*args, "--parallelism", "shard_map", "--devices", "4"])
+    asked = ["--parallelism", "jit", "--devices", "2", "--fsdp", "1"]
+    arguments = command_line.parse(train.Arguments, "", ["--resume", str(run), *asked])
+    config = train._config_of(arguments)
+    assert (config.parallelism, config.devices, config.fsdp) == ("jit", 2, 1)
+    as_it_was = train._config_of(command_line.parse(train.Arguments, "", ["--resume", str(run)]))
+    assert (as_it_was.parallelism, as_it_was.devices) == ("shard_map", 4)
