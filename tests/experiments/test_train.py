@@ -17,7 +17,7 @@ from experiments.experiment import Experiment
 from experiments.training import keys_of
 from tests.experiments.script import start
 
-SHORT = ["--epochs", "2"]
+SHORT = ["--epochs", "2", "--devices", "1"]
 
 
 def run(capsys, *args):
@@ -56,7 +56,7 @@ def test_no_arguments(tmp_path):
 
 def test_mean_accuracy_over_five_seeds(tmp_path):
     accuracies = [
-        train.train(Config(seed=seed, output=tmp_path / str(seed)))["test_accuracy"]
+        train.train(Config(seed=seed, devices=1, output=tmp_path / str(seed)))["test_accuracy"]
         for seed in range(5)
     ]
     assert np.mean(accuracies) >= 0.98
@@ -72,6 +72,7 @@ def test_second_gradient_beats_label_noise(tmp_path):
                         rho=1.0,
                         label_noise=0.4,
                         seed=seed,
+                        devices=1,
                         output=tmp_path / f"{method}-{seed}",
                     )
                 )["test_accuracy"]
@@ -233,7 +234,10 @@ def test_same_seed_same_run(tmp_path, capsys):
         (["--preset", "bisam-imagenet"], "invalid choice 'bisam-imagenet'"),
         (["--precision", "float16"], "invalid choice 'float16'"),
         (["--resume", "missing"], "missing is no run folder"),
-        (["--batch-size", "1258"], "--batch-size must be at most the 1257 training examples"),
+        (
+            ["--batch-size", "1258", "--devices", "1"],
+            "--batch-size must be at most the 1257 training examples",
+        ),
         (["--batch-size", "1"], "--batch-size must be finite, at least 2"),
         (["--learning-rate", "inf"], "--learning-rate must be finite"),
         (["--weight-decay", "-1"], "--weight-decay must be finite"),
