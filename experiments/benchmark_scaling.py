@@ -35,6 +35,7 @@ from jax.sharding import PartitionSpec as P
 
 import bisam_jax
 from experiments import data, models
+from experiments.layout import sharding_of
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -203,7 +204,7 @@ def _measure(method: Method, problem: Problem, devices: int) -> dict[str, float]
         problem.batch,
     )
     state = jax.eval_shape(lambda params: (params, method.init(params)), problem.params)
-    shardings = jax.tree.map(lambda x: _sharding(x, mesh), state)
+    shardings = jax.tree.map(lambda x: sharding_of(x, mesh), state)
     state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
     step = jax.jit(method.step, donate_argnums=(0, 1), out_shardings=shardings)
     # Counts and sizes are the same with less effort on machine code that is never run.
@@ -218,14 +219,6 @@ def _measure(method: Method, problem: Problem, devices: int) -> dict[str, float]
         "argument_bytes": program.memory_analysis().argument_size_in_bytes,
         "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
     }
-
-
-def _sharding(x: Any, mesh: Mesh) -> NamedSharding:
-    """Matrices along their longest axis that can be split evenly, everything else whole."""
-    parts = mesh.shape["fsdp"]
-    axes = [axis for axis, size in enumerate(x.shape) if x.ndim > 1 and size % parts == 0]
-    longest = max(axes, key=lambda axis: x.shape[axis], default=0)
-    return NamedSharding(mesh, P(*[None] * longest, "fsdp") if axes else P())
 
 
 def problem_of(

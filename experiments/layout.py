@@ -59,18 +59,9 @@ class Layout:
 
     def of_state(self, state: TrainState) -> TrainState:
         """The sharding of each leaf of a training state: arrays or shapes."""
-        shardings = jax.tree.map(self._of_leaf, state)
+        shardings = jax.tree.map(lambda leaf: sharding_of(leaf, self.mesh), state)
         previous = jax.tree.map(lambda _: self.split, state.previous_batch)
         return shardings._replace(previous_batch=previous)
-
-    def _of_leaf(self, leaf: Any) -> NamedSharding:
-        """Matrices along their longest axis that can be split evenly, everything else whole."""
-        parts = self.mesh.shape[FSDP]
-        axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
-        if parts == 1 or leaf.ndim < 2 or not axes:
-            return self.whole
-        longest = max(axes, key=lambda axis: leaf.shape[axis])
-        return NamedSharding(self.mesh, P(*[None] * longest, FSDP))
 
     def make(self, make_state: Callable[[], TrainState]) -> TrainState:
         """The state that `make_state` returns, laid over the devices."""
@@ -120,6 +111,16 @@ class Layout:
         if self.mesh.shape[GRADIENTS] > 1:
             return jax.set_mesh(self.mesh)
         return contextlib.nullcontext()
+
+
+def sharding_of(leaf: Any, mesh: Mesh) -> NamedSharding:
+    """Matrices along their longest axis that `fsdp` splits evenly, everything else whole."""
+    parts = mesh.shape[FSDP]
+    axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
+    if parts == 1 or leaf.ndim < 2 or not axes:
+        return NamedSharding(mesh, P())
+    longest = max(axes, key=lambda axis: leaf.shape[axis])
+    return NamedSharding(mesh, P(*[None] * longest, FSDP))
 
 
 def layout_of(config: Config) -> Layout:
