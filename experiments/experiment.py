@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments import augmentation, data, evaluation, launches, layout, methods, models, training
+from experiments import (
+    augmentation,
+    data,
+    evaluation,
+    launches,
+    layout,
+    methods,
+    models,
+    processes,
+    training,
+)
 from experiments.config import ArgumentError, Config
 from experiments.parallelism import devices_of, over_devices
 
@@ -41,15 +51,7 @@ class Experiment:
     def __init__(self, config: Config, dataset: data.Dataset | None = None) -> None:
         config = config.resolved()
         self.layout = layout.layout_of(config)
-        dataset = dataset or data.load(
-            config.dataset,
-            data_dir=config.data_dir,
-            train_examples=config.train_examples,
-            label_noise=config.label_noise,
-            seed=config.seed,
-            image_size=config.image_size,
-            workers=config.workers,
-        )
+        dataset = dataset or processes.agreed(lambda: load(config), data.fingerprint, "data")
         self.batch_size = config.batch_size or 0
         examples = evaluation.num_examples(dataset.train)
         self.steps_per_epoch = examples // self.batch_size
@@ -161,6 +163,23 @@ class Experiment:
     def convolutional(self) -> bool:
         """Whether the model is."""
         return models.ARCHITECTURES[self.config.model or ""].convolutional
+
+
+def load(config: Config) -> data.Dataset:
+    """The data set that a resolved configuration names.
+
+    Raises:
+        DatasetError: if it is not there, or cannot be used as asked.
+    """
+    return data.load(
+        config.dataset,
+        data_dir=config.data_dir,
+        train_examples=config.train_examples,
+        label_noise=config.label_noise,
+        seed=config.seed,
+        image_size=config.image_size,
+        workers=config.workers,
+    )
 
 
 def _model(

@@ -5,13 +5,14 @@ their part of a checkpoint, for which the folder must be on a file system that t
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -20,6 +21,8 @@ from jax.experimental import multihost_utils
 from experiments.config import ArgumentError
 
 _MESSAGE_BYTES = 8192
+
+T = TypeVar("T")
 
 
 def join(
@@ -94,6 +97,38 @@ def from_first(make: Callable[[], str]) -> str:
     if "error" in message:
         raise ArgumentError(message["error"])
     return message["value"]
+
+
+def agreed(make: Callable[[], T], text_of: Callable[[T], str], name: str) -> T:
+    """What `make` returns here, once all processes have returned the same.
+
+    Args:
+        make: returns this process's.
+        text_of: in which it must be the same.
+        name: what it is.
+
+    Raises:
+        ArgumentError: in all of them, if `make` raises a ValueError in one, or if they differ.
+    """
+    if jax.process_count() == 1:
+        return make()
+    made, message = [], ""
+    try:
+        made.append(make())
+        message = hashlib.sha256(text_of(made[0]).encode()).hexdigest()
+    except ValueError as error:
+        message = f"error: {str(error)[: _MESSAGE_BYTES // 8]}"
+    padded = json.dumps(message).encode().ljust(_MESSAGE_BYTES)
+    received = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
+    messages = [json.loads(np.asarray(row, np.uint8).tobytes()) for row in received]
+    for number, message in enumerate(messages):
+        if message.startswith("error: "):
+            raise ArgumentError(f"process {number}: {message.removeprefix('error: ')}")
+    if odd := [number for number, message in enumerate(messages) if message != messages[0]]:
+        raise ArgumentError(
+            f"all processes must have the same {name}: process {odd[0]} has another than process 0"
+        )
+    return made[0]
 
 
 def abandon(error: Exception) -> NoReturn:

@@ -138,6 +138,12 @@ def _as_json(config: Config) -> dict[str, Any]:
     return {name: str(v) if isinstance(v, Path) else v for name, v in values.items()}
 
 
+def _shared(config: Config) -> str:
+    """What all processes of a run must be told alike."""
+    own = ("data_dir", "workers", "output")
+    return str({name: value for name, value in _as_json(config).items() if name not in own})
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments(Config):
     """The command line: a configuration, or a run to go on with."""
@@ -197,7 +203,8 @@ def main(args: Sequence[str] | None = None) -> None:
             if not processes.is_first():
                 silence = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(silence))
-            summary = train(_config_of(arguments), arguments.resume)
+            config = processes.agreed(lambda: _config_of(arguments), _shared, "options")
+            summary = train(config, arguments.resume)
     except (ArgumentError, data.DatasetError, CheckpointError) as error:
         command_line.fail(str(error))
     except NonFiniteLossError as error:

@@ -3,6 +3,7 @@
 import os
 
 from experiments.data.dataset import Dataset as Dataset
+from experiments.data.dataset import fingerprint as fingerprint
 from experiments.data.digits import digits as digits
 from experiments.data.splits import DatasetError as DatasetError
 from experiments.data.splits import Split as Split

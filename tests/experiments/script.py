@@ -24,14 +24,14 @@ def start(*args, cwd, devices=1):
     )
 
 
-def start_together(*args, cwd, processes=2, devices=1):
-    """The same run in several processes, of `devices` each."""
+def start_together(*args, cwd, own=((), ()), devices=1):
+    """The same run in several processes, of `devices` each; `own` has options of each process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     together = ["--distributed", "--coordinator-address", f"127.0.0.1:{port}"]
-    together += ["--num-processes", processes, "--heartbeat-timeout", HEARTBEAT_TIMEOUT]
+    together += ["--num-processes", len(own), "--heartbeat-timeout", HEARTBEAT_TIMEOUT]
     return [
-        start(*args, *together, "--process-id", number, cwd=cwd, devices=devices)
-        for number in range(processes)
+        start(*args, *options, *together, "--process-id", number, cwd=cwd, devices=devices)
+        for number, options in enumerate(own)
     ]

@@ -133,6 +133,27 @@ def test_arguments_that_belong_together(args, message, tmp_path):
     assert message in err
 
 
+def test_processes_with_different_options_end(tmp_path):
+    processes = start_together("--epochs", 1, cwd=tmp_path, own=[["--seed", 0], ["--seed", 1]])
+    for _, err in ends(processes, status=2):
+        assert "must have the same options: process 1" in err
+    assert not names_in(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [(["data", "other"], "the same data: process 1"), (["data", "none"], "process 1: ")],
+    ids=["other", "none"],
+)
+def test_processes_with_different_data_end(folders, message, tmp_path):
+    for folder, encoding in {"data": "png", "other": "jpeg"}.items():
+        tiny_dataset.write(tmp_path / folder, encoding=encoding)
+    options = ["--dataset", "tiny", "--model", "mlp", "--batch-size", 8]
+    own = [["--data-dir", tmp_path / folder] for folder in folders]
+    for _, err in ends(start_together(*options, cwd=tmp_path, own=own), status=2):
+        assert message in err
+
+
 def test_what_is_wrong_in_one_process_ends_all(tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
