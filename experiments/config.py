@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 from experiments import methods, runs
 
@@ -38,9 +38,13 @@ class ArgumentError(ValueError):
     """An argument that cannot be used; the message names it as the command line does."""
 
 
+Number = TypeVar("Number")
+Count = TypeVar("Count")
+
+
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """What one run depends on. None is the default of the method, base optimizer or data set."""
+class Task:
+    """What is learnt, by which network and in how many steps."""
 
     dataset: str = "digits"
     """digits, or an image classification data set of TFDS: cifar10, cifar100, fashion_mnist, ..."""
@@ -50,24 +54,6 @@ class Config:
     """Train on so many examples alone (default: all but the validation part)."""
     image_size: int | None = None
     """Height and width for images that are streamed (default 224, where sizes vary)."""
-    method: Literal[
-        "sgd",
-        "sam",
-        "asam",
-        "bisam-log",
-        "bisam-tanh",
-        "gsam",
-        "bilateral",
-        "tilted",
-        "sparse-fisher",
-        "sparse-dynamic",
-        "efficient",
-        "sampa",
-        "friendly",
-    ] = "bisam-log"
-    """What is done with the second gradient; sgd has none (with either base optimizer)."""
-    perturbation: Literal["ce", "log", "tanh"] | None = None
-    """The loss that is ascended: cross-entropy, or BiSAM's (default ce; bisam-*: as it says)."""
     model: (
         Literal[
             "mlp",
@@ -90,52 +76,8 @@ class Config:
     """The network (default mlp for digits, else resnet20); mlp and cnn are small."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the model's arithmetic; parameters and statistics are always float32."""
-
-    rho: float | None = None
-    """Radius of the perturbation (default 0.05; asam 0.5)."""
-    mu: float | None = None
-    """BiSAM: sharpness of the maximum over classes (default 1 for -log, 10 for tanh)."""
-    alpha: float | None = None
-    """BiSAM (tanh): slope of the lower bound (default 0.1)."""
-    eta: float | None = None
-    """asam: added to each weight's size (default 0.01)."""
-    gsam_alpha: float | None = None
-    """gsam: weight of the clean gradient's orthogonal part (default 0.4)."""
-    rho_min: float | None = None
-    """bilateral: radius on the downhill side (default 0.05)."""
-    tilt: float | None = None
-    """tilted: how far the mean leans towards the worst start (default 1)."""
-    num_samples: int | None = None
-    """tilted: number of noisy starts (default 3)."""
-    noise_radius: float | None = None
-    """tilted: largest norm of the noise (default 0.5)."""
-    noise_scale: float | None = None
-    """tilted: standard deviation of the noise before it is shortened (default 1)."""
-    sparsity: float | None = None
-    """sparse-*: share of the weights that are not perturbed (default 0.5)."""
-    update_every: int | None = None
-    """sparse-*: steps between changes of the mask (default: an epoch)."""
-    drop_rate: float | None = None
-    """sparse-dynamic: share of the mask that moves (default 0.5)."""
-    beta: float | None = None
-    """efficient: probability that a weight is perturbed (default 0.5)."""
-    gamma: float | None = None
-    """efficient: share of the examples to descend on (default 0.5)."""
-    interpolation: float | None = None
-    """sampa: weight of the look-ahead gradient (default 0.2)."""
-    sigma: float | None = None
-    """friendly: how much of the running mean is taken away (default 1)."""
-    decay: float | None = None
-    """friendly: of the running mean (default 0.9)."""
-
     base: Literal["sgd", "adamw"] = "sgd"
     """The base optimizer, with a cosine schedule to zero."""
-    learning_rate: float | None = None
-    """Its value before decay (default 0.1; adamw 0.002)."""
-    momentum: float | None = None
-    """Of sgd (default 0.9)."""
-    weight_decay: float | None = None
-    """In the base optimizer (default 0.0005; adamw 0.01)."""
     label_smoothing: float = 0.1
     """Share of each label that is spread over the other classes, in the training loss."""
 
@@ -154,6 +96,89 @@ class Config:
     """m-sharpness: so many examples share a perturbation (default: the batch)."""
     microbatch_size: int | None = None
     """Compute on so many examples at a time, to save memory (default: the batch)."""
+    label_noise: float = 0.0
+    """Share of the training and validation labels replaced by another class."""
+    workers: int | None = None
+    """Processes that decode images, if streamed (default: one a CPU, at most 16)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Hyperparameters(Generic[Number, Count]):
+    """Of methods and base optimizers: one value of each, or several to compare.
+
+    None is the default of the method or base optimizer.
+    """
+
+    rho: Number | None = None
+    """Radius of the perturbation (default 0.05; asam 0.5)."""
+    mu: Number | None = None
+    """BiSAM: sharpness of the maximum over classes (default 1 for -log, 10 for tanh)."""
+    alpha: Number | None = None
+    """BiSAM (tanh): slope of the lower bound (default 0.1)."""
+    eta: Number | None = None
+    """asam: added to each weight's size (default 0.01)."""
+    gsam_alpha: Number | None = None
+    """gsam: weight of the clean gradient's orthogonal part (default 0.4)."""
+    rho_min: Number | None = None
+    """bilateral: radius on the downhill side (default 0.05)."""
+    tilt: Number | None = None
+    """tilted: how far the mean leans towards the worst start (default 1)."""
+    num_samples: Count | None = None
+    """tilted: number of noisy starts (default 3)."""
+    noise_radius: Number | None = None
+    """tilted: largest norm of the noise (default 0.5)."""
+    noise_scale: Number | None = None
+    """tilted: standard deviation of the noise before it is shortened (default 1)."""
+    sparsity: Number | None = None
+    """sparse-*: share of the weights that are not perturbed (default 0.5)."""
+    update_every: Count | None = None
+    """sparse-*: steps between changes of the mask (default: an epoch)."""
+    drop_rate: Number | None = None
+    """sparse-dynamic: share of the mask that moves (default 0.5)."""
+    beta: Number | None = None
+    """efficient: probability that a weight is perturbed (default 0.5)."""
+    gamma: Number | None = None
+    """efficient: share of the examples to descend on (default 0.5)."""
+    interpolation: Number | None = None
+    """sampa: weight of the look-ahead gradient (default 0.2)."""
+    sigma: Number | None = None
+    """friendly: how much of the running mean is taken away (default 1)."""
+    decay: Number | None = None
+    """friendly: of the running mean (default 0.9)."""
+
+    learning_rate: Number | None = None
+    """Its value before decay (default 0.1; adamw 0.002)."""
+    momentum: Number | None = None
+    """Of sgd (default 0.9)."""
+    weight_decay: Number | None = None
+    """In the base optimizer (default 0.0005; adamw 0.01)."""
+
+
+HYPERPARAMETERS = tuple(field.name for field in dataclasses.fields(Hyperparameters))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Hyperparameters[float, int], Task):
+    """What one run depends on. None is the default of the method, base optimizer or data set."""
+
+    method: Literal[
+        "sgd",
+        "sam",
+        "asam",
+        "bisam-log",
+        "bisam-tanh",
+        "gsam",
+        "bilateral",
+        "tilted",
+        "sparse-fisher",
+        "sparse-dynamic",
+        "efficient",
+        "sampa",
+        "friendly",
+    ] = "bisam-log"
+    """What is done with the second gradient; sgd has none (with either base optimizer)."""
+    perturbation: Literal["ce", "log", "tanh"] | None = None
+    """The loss that is ascended: cross-entropy, or BiSAM's (default ce; bisam-*: as it says)."""
     seed: int = 0
     """Of everything random but the split, which is always the same."""
     devices: int | None = None
@@ -164,10 +189,6 @@ class Config:
     """Split parameters and optimizer state over so many of the devices."""
     batch_statistics: Literal["synchronised", "per-device"] = "synchronised"
     """Batch normalisation over the whole batch, or over each device's part (not with jit)."""
-    label_noise: float = 0.0
-    """Share of the training and validation labels replaced by another class."""
-    workers: int | None = None
-    """Processes that decode images, if streamed (default: one a CPU, at most 16)."""
     checkpoint_every: int | None = None
     """Steps between checkpoints (default: an epoch; digits: ten). The best epoch is always kept."""
     keep_checkpoints: int = 2

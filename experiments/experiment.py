@@ -1,6 +1,6 @@
 """From a configuration to everything that a run computes with."""
 
-import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +19,7 @@ from experiments import (
     processes,
     training,
 )
-from experiments.config import ArgumentError, Config
+from experiments.config import HYPERPARAMETERS, ArgumentError, Config
 from experiments.parallelism import devices_of, over_devices
 
 CUTOUT_LENGTH = 16
@@ -39,8 +39,9 @@ class Experiment:
         config: with every default filled in.
         layout: over the devices.
         dataset: its splits on every device, if they fit.
-        state: the state before the first step.
+        values: its hyperparameters by name, for the functions that take them traced.
         steps_per_epoch: without the incomplete last batch.
+        sums: see :func:`experiments.evaluation.make_sums`.
         evaluate: see :func:`experiments.evaluation.make_evaluate`.
 
     Raises:
@@ -61,22 +62,18 @@ class Experiment:
                 f"got {config.batch_size}"
             )
         self.config = config.with_epochs_of(self.steps_per_epoch)
+        self.values = {name: getattr(self.config, name) for name in HYPERPARAMETERS}
         self.dataset = dataset._replace(
             train=self._on_devices(dataset.train),
             validation=self._on_devices(dataset.validation),
             test=self._on_devices(dataset.test),
         )
-        # Keys of their own, so that nothing drawn for one purpose is drawn for another.
-        init_key, method_key, key = jax.random.split(jax.random.key(config.seed), 3)
         self._init, self._apply = _model(config, dataset, self._statistics_axis)
-        axis = layout.gradient_axis(config, self.layout)
-        self._method = _method(self.config, self.total_steps, method_key, axis)
         self._prepare = _prepare(self.config, self.dataset)
-        self.state = self.layout.make(lambda: self._first_state(init_key, key))
         streamed = isinstance(dataset.train, data.Stream)
+        self.sums = evaluation.make_sums(self._apply, _normalise(self.dataset))
         self.evaluate = evaluation.make_evaluate(
-            self._apply,
-            _normalise(self.dataset),
+            self.sums,
             config.microbatch_size or (self.batch_size if streamed else EVALUATION_BATCH_SIZE),
             self.layout,
         )
@@ -84,12 +81,26 @@ class Experiment:
     def _on_devices(self, split: data.Split | data.Stream) -> Any:
         return split if isinstance(split, data.Stream) else self.layout.put(split)
 
-    def _first_state(self, init_key: jax.Array, key: jax.Array) -> training.TrainState:
+    @functools.cached_property
+    def state(self) -> training.TrainState:
+        """The state before the first step, over the devices."""
+        key = jax.random.key(self.config.seed)
+        return self.layout.make(lambda: self.first_state(key, self.values))
+
+    def first_state(self, key: jax.Array, values: dict[str, Any]) -> training.TrainState:
+        """The state before the first step, with a run's key and its hyperparameters."""
+        # Keys of their own, so that nothing drawn for one purpose is drawn for another.
+        init_key, method_key, key = jax.random.split(key, 3)
         params, stats = self._init(init_key)
         shape = (self.batch_size, *self.dataset.image_shape)
         integers = jnp.zeros(shape[:1], jnp.int32)
         example = training.Batch(jnp.zeros(shape, jnp.float32), integers, integers)
-        return training.init_state(params, stats, self._method, example, key)
+        method = self._method(values, method_key)
+        return training.init_state(params, stats, method, example, key)
+
+    def _method(self, values: dict[str, Any], key: jax.Array | int = 0) -> methods.Method:
+        axis = layout.gradient_axis(self.config, self.layout)
+        return _method(self.config, values, self.total_steps, key, axis)
 
     @property
     def _statistics_axis(self) -> str | None:
@@ -118,14 +129,25 @@ class Experiment:
                 self.config.epochs or 0,
                 self.layout,
             )
+        return launches.InMemory(
+            step, self.state, train, self.batch_size, self.steps_at_once, self.layout
+        )
+
+    @property
+    def steps_at_once(self) -> int:
+        """In one launch."""
         # XLA on CPU runs convolutions inside a loop many times slower.
         alone = jax.default_backend() == "cpu" and self.convolutional
-        at_once = 1 if alone else min(STEPS_AT_ONCE, self.steps_per_epoch)
-        return launches.InMemory(step, self.state, train, self.batch_size, at_once, self.layout)
+        return 1 if alone else min(STEPS_AT_ONCE, self.steps_per_epoch)
 
     def step(self) -> training.StepOnStored:
         """The training step, on stored images and over all devices."""
-        step = over_devices(self._step_of_one(), self._parallelism, self.layout)
+        step = over_devices(self._step_of_one(self.values), self._parallelism, self.layout)
+        return lambda state, stored: step(state, training.prepared(stored, self._prepare, state))
+
+    def step_with(self, values: dict[str, Any]) -> training.StepOnStored:
+        """The same on one device, with hyperparameters that may be traced."""
+        step = self._step_of_one(values)
         return lambda state, stored: step(state, training.prepared(stored, self._prepare, state))
 
     @property
@@ -139,8 +161,8 @@ class Experiment:
         at_once = config.microbatch_size or self.batch_size
         return "shard_map" if parts > 1 and at_once % (parts * config.group_size) == 0 else "jit"
 
-    def _step_of_one(self) -> training.Step:
-        config = self.config
+    def _step_of_one(self, values: dict[str, Any]) -> training.Step:
+        config, method = self.config, self._method(values)
         loss = training.cross_entropy(config.label_smoothing)
         devices = devices_of(
             self._parallelism,
@@ -148,11 +170,11 @@ class Experiment:
             shared_statistics=self._statistics_axis is not None,
         )
         if config.group_size is None and config.microbatch_size is None:
-            return training.make_step(self._apply, self._method, loss, devices)
+            return training.make_step(self._apply, method, loss, devices)
         seen = 1 if self._parallelism == "jit" else self.layout.parts
         return training.make_step_in_parts(
             self._apply,
-            self._method,
+            method,
             loss,
             group_size=config.group_size,
             microbatch_size=config.microbatch_size and config.microbatch_size // seen,
@@ -196,20 +218,21 @@ def _model(
 
 
 def _method(
-    config: Config, total_steps: int, key: jax.Array, gradient_axis: str | None
+    config: Config,
+    values: dict[str, Any],
+    total_steps: int,
+    key: jax.Array | int,
+    gradient_axis: str | None,
 ) -> methods.Method:
     assert config.perturbation is not None
-    assert config.learning_rate is not None
-    assert config.weight_decay is not None
-    schedule = optax.cosine_decay_schedule(config.learning_rate, total_steps)
+    schedule = optax.cosine_decay_schedule(values["learning_rate"], total_steps)
     if config.base == "adamw":
-        optimizer = optax.adamw(schedule, weight_decay=config.weight_decay)
+        optimizer = optax.adamw(schedule, weight_decay=values["weight_decay"])
     else:
         optimizer = optax.chain(
-            optax.add_decayed_weights(config.weight_decay),
-            optax.sgd(schedule, momentum=config.momentum),
+            optax.add_decayed_weights(values["weight_decay"]),
+            optax.sgd(schedule, momentum=values["momentum"]),
         )
-    values = dataclasses.asdict(config)
     return methods.make(config.method, config.perturbation, optimizer, values, key, gradient_axis)
 
 

@@ -7,7 +7,7 @@ would have.
 
 import collections
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,17 +33,74 @@ class Launch(Protocol):
         ...
 
 
+class Steps(NamedTuple):
+    """A run's steps on a split in memory, as pure functions.
+
+    Attributes:
+        order_of: from state and epoch to the examples of its steps, int32[steps, batch]. An epoch
+            has its own order; the incomplete last batch is dropped.
+        launch: from state, split, order, and first and last number of steps of one epoch, to the
+            next state and the losses, float32[steps_at_once].
+    """
+
+    order_of: Callable[[TrainState, jax.Array], jax.Array]
+    launch: Callable[[TrainState, Split, jax.Array, Any, Any], tuple[TrainState, jax.Array]]
+
+
+def steps_on(
+    step: StepOnStored,
+    examples: int,
+    batch_size: int,
+    steps_at_once: int,
+    constrained: Callable[[Any], Any] = lambda batch: batch,
+) -> Steps:
+    """The steps on a split of `examples`.
+
+    Args:
+        step: the training step on stored images.
+        examples: how many.
+        batch_size: at most that.
+        steps_at_once: the longest launch. With one there is no loop in the program.
+        constrained: lays a batch over devices.
+    """
+    steps_per_epoch = examples // batch_size
+
+    def order_of(state: TrainState, epoch: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(keys_of(state).order, epoch)
+        permutation = jax.random.permutation(key, examples)
+        return permutation[: steps_per_epoch * batch_size].reshape(steps_per_epoch, batch_size)
+
+    def one(state: TrainState, data: Split, order: jax.Array, number: jax.Array) -> tuple:
+        # Each device takes the rows of its own.
+        indices = constrained(order[number % steps_per_epoch])
+        return step(state, constrained(jax.tree.map(lambda x: x[indices], data)))
+
+    def single(state: TrainState, data: Split, order: jax.Array, start: Any, _: Any) -> tuple:
+        state, loss = one(state, data, order, start)
+        return state, loss[None]
+
+    # A loop of unknown length: launches of every length share one compiled program.
+    def several(state: TrainState, data: Split, order: jax.Array, start: Any, stop: Any) -> tuple:
+        def body(number: jax.Array, carry: tuple) -> tuple:
+            state, losses = carry
+            state, loss = one(state, data, order, number)
+            return state, losses.at[number - start].set(loss)
+
+        losses = jnp.zeros(steps_at_once, jnp.float32)
+        return jax.lax.fori_loop(start, stop, body, (state, losses))
+
+    return Steps(order_of, single if steps_at_once == 1 else several)
+
+
 class InMemory:
     """Launches on a data set that is on the device; compiled once, when made.
-
-    An epoch has its own order of the examples; the incomplete last batch is dropped.
 
     Args:
         step: the training step on stored images.
         state: gives shapes and types.
         data: the training split, on every device.
         batch_size: at most the number of examples.
-        steps_at_once: the longest launch. With one there is no loop in the program.
+        steps_at_once: the longest launch.
         layout: of state and batches over the devices.
     """
 
@@ -58,38 +115,13 @@ class InMemory:
     ) -> None:
         self.steps_at_once = steps_at_once
         self._data = data
-        self._steps_per_epoch = steps_per_epoch = len(data.labels) // batch_size
+        examples = len(data.labels)
+        self._steps_per_epoch = examples // batch_size
         self._epoch = -1
-
-        def order_of(state: TrainState, epoch: jax.Array) -> jax.Array:
-            key = jax.random.fold_in(keys_of(state).order, epoch)
-            permutation = jax.random.permutation(key, len(data.labels))
-            return permutation[: steps_per_epoch * batch_size].reshape(steps_per_epoch, batch_size)
-
-        def one(state: TrainState, data: Split, order: jax.Array, number: jax.Array) -> tuple:
-            # Each device takes the rows of its own.
-            indices = layout.constrained(order[number % steps_per_epoch])
-            return step(state, layout.constrained(jax.tree.map(lambda x: x[indices], data)))
-
-        def single(state: TrainState, data: Split, order: jax.Array, start: Any, _: Any) -> tuple:
-            state, loss = one(state, data, order, start)
-            return state, loss[None]
-
-        # A loop of unknown length: launches of every length share one compiled program.
-        def several(
-            state: TrainState, data: Split, order: jax.Array, start: Any, stop: Any
-        ) -> tuple:
-            def body(number: jax.Array, carry: tuple) -> tuple:
-                state, losses = carry
-                state, loss = one(state, data, order, number)
-                return state, losses.at[number - start].set(loss)
-
-            losses = jnp.zeros(steps_at_once, jnp.float32)
-            return jax.lax.fori_loop(start, stop, body, (state, losses))
-
-        self._order_of = jax.jit(order_of, out_shardings=layout.whole)
+        steps = steps_on(step, examples, batch_size, steps_at_once, layout.constrained)
+        self._order_of = jax.jit(steps.order_of, out_shardings=layout.whole)
         self._order = self._order_of(state, np.int32(0))
-        launch = layout.jit(single if steps_at_once == 1 else several, state)
+        launch = layout.jit(steps.launch, state)
         number = np.int32(0)
         with layout.context():
             self.compiled = launch.lower(state, data, self._order, number, number).compile()

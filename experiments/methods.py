@@ -65,6 +65,27 @@ def perturbation_of(name: str) -> str | None:
     return name.removeprefix("bisam-") if name.startswith("bisam-") else None
 
 
+def gradients(name: str, perturbation: str, num_samples: int | None = None) -> int:
+    """How many gradients of a batch a step takes, those of a part of it counted as whole.
+
+    Args:
+        name: one of `DEFAULTS`.
+        perturbation: one of `PERTURBATION_DEFAULTS`.
+        num_samples: of tilted.
+    """
+    match name:
+        case "sgd":
+            return 1
+        case "tilted":
+            return 2 * (num_samples or int(DEFAULTS[name]["num_samples"]))
+        # Beside that of the ascended loss, these need the clean gradient of the training loss.
+        case "gsam" | "sampa":
+            return 2 + (perturbation != "ce")
+        case "bilateral":
+            return 3 + (perturbation != "ce")
+    return 2
+
+
 def make(
     name: str,
     perturbation: str,

@@ -1,9 +1,30 @@
 import jax
 import pytest
 
+from experiments import models
+
 
 @pytest.fixture(autouse=True)
 def settings_of_a_user(standard_promotion):
     """The experiments run under JAX's defaults: flax adds biases of lower rank."""
     with jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture
+def quick_compilation():
+    """For tests of many compiled programs and few steps."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def small_vit(monkeypatch):
+    """A transformer with dropout that is quick to train, as vit_tiny."""
+
+    def vit(*args, **options):
+        return models.ViT(*args, **options, width=8, heads=2, depth=1, dropout=0.3)
+
+    architecture = models.Architecture(vit, convolutional=False)
+    monkeypatch.setitem(models.ARCHITECTURES, "vit_tiny", architecture)

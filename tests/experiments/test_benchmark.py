@@ -4,6 +4,8 @@ import pytest
 
 from experiments import benchmark
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def test_benchmark(tmp_path, capsys):
     output = tmp_path / "benchmark.json"

@@ -22,7 +22,9 @@ def split(logits, labels):
 
 
 def test_accuracy_and_loss():
-    evaluate = evaluation.make_evaluate(apply, lambda images: 2 * images, 10, LAYOUTS[0])
+    evaluate = evaluation.make_evaluate(
+        evaluation.make_sums(apply, lambda images: 2 * images), 10, LAYOUTS[0]
+    )
     result = evaluate({}, {}, split(jnp.eye(4), jnp.array([0, 1, 0, 0])))
     assert result.accuracy == 0.5
     right, wrong = np.log(3 + np.exp(2.0)) - 2, np.log(3 + np.exp(2.0))
@@ -35,7 +37,9 @@ def test_each_example_counts_once(examples, layout):
     rng = np.random.default_rng(examples)
     logits, labels = rng.normal(size=(examples, 3)).astype(np.float32), np.arange(examples) % 3
     held = layout.put(jax.device_get(split(logits, labels)))
-    result = evaluation.make_evaluate(apply, lambda x: x, 5, layout)({}, {}, held)
+    result = evaluation.make_evaluate(evaluation.make_sums(apply, lambda x: x), 5, layout)(
+        {}, {}, held
+    )
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     np.testing.assert_allclose(result.accuracy, (logits.argmax(-1) == labels).mean(), rtol=1e-6)
     np.testing.assert_allclose(result.loss, -log_p[np.arange(examples), labels].mean(), rtol=1e-5)
@@ -43,5 +47,5 @@ def test_each_example_counts_once(examples, layout):
 
 def test_logits_that_are_not_finite_have_no_accuracy():
     logits = jnp.eye(3).at[1, 1].set(jnp.nan)
-    evaluate = evaluation.make_evaluate(apply, lambda x: x, 5, LAYOUTS[0])
+    evaluate = evaluation.make_evaluate(evaluation.make_sums(apply, lambda x: x), 5, LAYOUTS[0])
     assert np.isnan(evaluate({}, {}, split(logits, jnp.arange(3))).accuracy)

@@ -11,17 +11,11 @@ from experiments import command_line, launches, methods, train
 from experiments.config import ArgumentError, Config
 from experiments.experiment import Experiment
 
-pytestmark = pytest.mark.devices
-
 WAYS = ("jit", "shard_map", "pmap")
 STEPS = 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = [pytest.mark.devices, pytest.mark.usefixtures("quick_compilation")]
 
 
 def experiment(**options):
@@ -112,15 +106,9 @@ def test_microbatches(way):
     check({"method": "bisam-log", "microbatch_size": 16}, devices=8, parallelism=way)
 
 
+@pytest.mark.usefixtures("small_vit")
 @pytest.mark.parametrize("way", ["jit", "shard_map"])
-def test_dropout_does_not_depend_on_the_devices(way, monkeypatch):
-    from experiments import models
-
-    def vit(*args, **options):
-        return models.ViT(*args, **options, width=8, heads=2, depth=1, dropout=0.3)
-
-    architecture = models.Architecture(vit, convolutional=False)
-    monkeypatch.setitem(models.ARCHITECTURES, "vit_tiny", architecture)
+def test_dropout_does_not_depend_on_the_devices(way):
     options = {"model": "vit_tiny", "method": "bisam-tanh"}
     expected = trained(devices=1, **options)[3]
     np.testing.assert_allclose(trained(devices=8, parallelism=way, **options)[3], expected, 3e-6)

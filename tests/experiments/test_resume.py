@@ -39,6 +39,7 @@ def stop(process, folder, number, when):
     while not when():
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
+        time.sleep(0.005)  # a save takes longer
     process.send_signal(number)
     out, err = process.communicate(timeout=120)
     assert "Traceback" not in err

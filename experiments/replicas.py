@@ -1,0 +1,283 @@
+"""Many runs in one compiled program: replicas that differ in seed and hyperparameters.
+
+Everything that a run computes is a pure function of its key, its labels and its hyperparameters, so
+`jax.vmap` over these trains many runs at once. Each gets the numbers that it gets alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments import data, evaluation, launches, memory
+from experiments.config import HYPERPARAMETERS, Config
+from experiments.experiment import EVALUATION_BATCH_SIZE, Experiment
+from experiments.training import TrainState
+
+# These change the program itself: how many samples, how many weights or examples.
+STRUCTURAL = ("num_samples", "sparsity", "update_every", "drop_rate", "beta", "gamma")
+
+_AXIS = "replicas"
+
+
+class Inputs(NamedTuple):
+    """What tells replicas apart; every array has a first axis of replicas.
+
+    Attributes:
+        keys: Key[replicas].
+        values: float32[replicas] by name, of the hyperparameters that have a meaning and do not
+            change the program.
+        train_labels: int32[replicas, examples].
+        validation_labels: int32[replicas, examples].
+    """
+
+    keys: jax.Array
+    values: dict[str, jax.Array]
+    train_labels: jax.Array
+    validation_labels: jax.Array
+
+
+class Population(NamedTuple):
+    """Replicas after an epoch; every array has a first axis of replicas.
+
+    Attributes:
+        state: of training.
+        accuracy: float32[replicas], the best on the validation split so far; before, -1.
+        params: those of the best epoch, among equals of the last.
+        stats: the batch statistics with them.
+    """
+
+    state: TrainState
+    accuracy: jax.Array
+    params: Any
+    stats: Any
+
+
+class Epoch(NamedTuple):
+    """What an epoch showed, float64[replicas] each.
+
+    Attributes:
+        loss: the mean over its steps.
+        validation_accuracy: after it; NaN if a logit is not finite.
+        validation_loss: after it.
+    """
+
+    loss: np.ndarray
+    validation_accuracy: np.ndarray
+    validation_loss: np.ndarray
+
+
+class Labels(NamedTuple):
+    """Those of one seed, int32[examples] each; label noise makes them differ between seeds."""
+
+    train: np.ndarray
+    validation: np.ndarray
+
+
+def inputs_of(configs: Sequence[Config], labels: Mapping[int, Labels]) -> Inputs:
+    """The inputs of replicas with resolved configurations.
+
+    Args:
+        configs: one a replica, alike but for `seed` and the hyperparameters not in `STRUCTURAL`.
+        labels: of each seed.
+    """
+    names = [
+        name
+        for name in HYPERPARAMETERS
+        if name not in STRUCTURAL and getattr(configs[0], name) is not None
+    ]
+    train, validation = zip(*(labels[config.seed] for config in configs), strict=True)
+    return Inputs(
+        keys=jnp.stack([jax.random.key(config.seed) for config in configs]),
+        values={
+            name: jnp.asarray([getattr(config, name) for config in configs], jnp.float32)
+            for name in names
+        },
+        train_labels=jnp.stack(train),
+        validation_labels=jnp.stack(validation),
+    )
+
+
+class Replicas:
+    """The compiled program of a number of replicas.
+
+    Args:
+        experiment: one of them, on one device, with its splits in memory.
+        inputs: of as many replicas as the program is for; a multiple of `devices`.
+        at_once: whether they are computed at once, by `jax.vmap`. Otherwise there is one, and its
+            program is that of the run alone.
+        devices: to share the replicas.
+
+    Attributes:
+        count: the number of replicas.
+        bytes: what they take of each device's memory.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        inputs: Inputs,
+        *,
+        at_once: bool = True,
+        devices: Sequence[Any] | None = None,
+    ) -> None:
+        self._experiment, self._at_once = experiment, at_once
+        self.count = len(inputs.keys)
+        mesh = Mesh(np.asarray(devices or jax.devices()[:1]), _AXIS)
+        self._mesh, self._split = mesh, NamedSharding(mesh, P(_AXIS))
+        whole = NamedSharding(mesh, P())
+        train, validation, test, *_ = experiment.dataset
+        assert not isinstance(train, data.Stream)
+        assert not isinstance(validation, data.Stream)
+        self._train_images, self._validation_images, self._test = jax.device_put(
+            (train.images, validation.images, test), whole
+        )
+        self._steps_at_once = experiment.steps_at_once
+        self._first = self._jit(self._first_of_one, (0, 0))
+        self._order = self._jit(self._order_of_one, (0, None))
+        self._sums = self._jit(experiment.sums, (0, 0, None, 0, None))
+        self._sums_of_test = self._jit(experiment.sums, (0, 0, None, None, None))
+        self._keep_best = self._jit(_keep_best, (0, 0), donated=(0,))
+        launch = self._jit(self._launch_of_one, (0, 0, None, 0, 0, None, None), donated=(0,))
+
+        def shapes(tree: Any) -> Any:
+            return jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._split), tree
+            )
+
+        population = shapes(jax.eval_shape(self._first, inputs.keys, inputs.values))
+        number = np.int32(0)
+        order = shapes(jax.eval_shape(self._order, population.state, number))
+        self._launch = launch.lower(
+            population.state,
+            shapes(inputs.values),
+            self._train_images,
+            shapes(inputs.train_labels),
+            order,
+            number,
+            number,
+        ).compile()
+        best = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(population.params))
+        self.bytes = memory.of_program(self._launch) + best // mesh.size
+
+    def put(self, inputs: Inputs) -> Inputs:
+        """Inputs as the other methods take them: over the devices."""
+        return jax.device_put(inputs, self._split)
+
+    def first(self, inputs: Inputs) -> Population:
+        """The replicas before the first epoch."""
+        return self._first(inputs.keys, inputs.values)
+
+    def epoch(
+        self, population: Population, inputs: Inputs, number: int
+    ) -> tuple[Population, Epoch]:
+        """Trains epoch `number`, from 0; donates the population."""
+        steps = self._experiment.steps_per_epoch
+        state, losses = population.state, []
+        order = self._order(state, np.int32(number))
+        for start in range(number * steps, (number + 1) * steps, self._steps_at_once):
+            stop = min(start + self._steps_at_once, (number + 1) * steps)
+            state, of_steps = self._launch(
+                state,
+                inputs.values,
+                self._train_images,
+                inputs.train_labels,
+                order,
+                np.int32(start),
+                np.int32(stop),
+            )
+            losses.append(of_steps[:, : stop - start])
+        validation = data.Split(self._validation_images, inputs.validation_labels)
+        accuracy, loss = self._means(self._sums, state.params, state.stats, validation)
+        better = jax.device_put(accuracy.astype(np.float32), self._split)
+        population = self._keep_best(population._replace(state=state), better)
+        mean = np.concatenate([np.asarray(x, np.float64) for x in losses], axis=1).mean(1)
+        return population, Epoch(mean, accuracy, loss)
+
+    def test(self, population: Population) -> np.ndarray:
+        """The best epochs' accuracies on the test split, float64[replicas]."""
+        params, stats = population.params, population.stats
+        return self._means(self._sums_of_test, params, stats, self._test)[0]
+
+    def _jit(self, function: Callable, axes: Sequence[int | None], donated: Any = ()) -> Callable:
+        """`function` of one replica, for all: its arguments have the `axes` of replicas."""
+        mapped = jax.vmap(function, axes) if self._at_once else _of_the_only_one(function, axes)
+        specs = tuple(P() if axis is None else P(_AXIS) for axis in axes)
+        over_devices = jax.shard_map(
+            mapped, mesh=self._mesh, in_specs=specs, out_specs=P(_AXIS), check_vma=False
+        )
+        return jax.jit(over_devices, donate_argnums=donated)
+
+    def _first_of_one(self, key: jax.Array, values: dict[str, jax.Array]) -> Population:
+        experiment = self._experiment
+        state = experiment.first_state(key, experiment.values | values)
+        # Copies: the state is donated.
+        best = jax.tree.map(jnp.copy, (state.params, state.stats))
+        return Population(state, jnp.float32(-1), *best)
+
+    def _steps_with(self, values: dict[str, jax.Array]) -> launches.Steps:
+        experiment = self._experiment
+        return launches.steps_on(
+            experiment.step_with(experiment.values | values),
+            evaluation.num_examples(experiment.dataset.train),
+            experiment.batch_size,
+            self._steps_at_once,
+        )
+
+    def _order_of_one(self, state: TrainState, epoch: jax.Array) -> jax.Array:
+        return self._steps_with({}).order_of(state, epoch)
+
+    def _launch_of_one(
+        self,
+        state: TrainState,
+        values: dict[str, jax.Array],
+        images: jax.Array,
+        labels: jax.Array,
+        order: jax.Array,
+        start: jax.Array,
+        stop: jax.Array,
+    ) -> tuple[TrainState, jax.Array]:
+        split = data.Split(images, labels)
+        return self._steps_with(values).launch(state, split, order, start, stop)
+
+    def _means(
+        self, sums: Callable, params: Any, stats: Any, split: data.Split
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Accuracies and losses on a split, float64[replicas]."""
+        examples = len(split.images)
+        totals = [
+            sums(params, stats, split.images[part], split.labels[..., part], counted)
+            for part, counted in evaluation.windows(examples, EVALUATION_BATCH_SIZE)
+        ]
+        means = np.sum([np.asarray(total, np.float64) for total in totals], axis=0) / examples
+        return means[:, 0], means[:, 1]
+
+
+def _of_the_only_one(function: Callable, axes: Sequence[int | None]) -> Callable:
+    """As `jax.vmap` for one replica, without its axis in the program."""
+
+    def first(argument: Any, axis: int | None) -> Any:
+        return argument if axis is None else jax.tree.map(lambda x: x[0], argument)
+
+    def mapped(*arguments: Any) -> Any:
+        result = function(*map(first, arguments, axes))
+        return jax.tree.map(lambda x: x[None], result)
+
+    return mapped
+
+
+def _keep_best(population: Population, accuracy: jax.Array) -> Population:
+    # Among equals the later; NaN is never better.
+    better = accuracy >= population.accuracy
+    params, stats = jax.tree.map(
+        lambda new, old: jnp.where(better, new, old),
+        (population.state.params, population.state.stats),
+        (population.params, population.stats),
+    )
+    return Population(
+        population.state, jnp.where(better, accuracy, population.accuracy), params, stats
+    )

@@ -1,0 +1,122 @@
+"""What is compared: a grid of runs that differ in method, hyperparameters and seed."""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+from experiments import methods
+from experiments.config import HYPERPARAMETERS, ArgumentError, Config, Hyperparameters, Task
+from experiments.replicas import STRUCTURAL
+
+TASK = tuple(field.name for field in dataclasses.fields(Task))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep(Hyperparameters[tuple[float, ...], tuple[int, ...]], Task):
+    """Every method with every value of its own hyperparameters, from every seed."""
+
+    methods: tuple[str, ...] = ("sgd", "sam", "bisam-log", "bisam-tanh")
+    """Those of experiments.train; METHOD+log and METHOD+tanh ascend BiSAM's losses."""
+    seeds: int = 8
+    """So many runs each, with the seeds 0, 1, ...: a seed fixes initialisation, order of the
+    examples, augmentation and label noise for all methods."""
+    equal_gradients: bool = True
+    """Train sgd also for as many epochs as take the gradients that each other method takes."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be compared, by the names of the command line."""
+        if self.seeds < 1:
+            raise ArgumentError(f"--seeds must be at least 1, got {self.seeds}")
+        if not self.methods:
+            raise ArgumentError("--methods must name at least one method")
+        labels = [label_of(*method_of(name)) for name in self.methods]
+        _check_once("--methods", labels)
+        for name in HYPERPARAMETERS:
+            values = getattr(self, name)
+            if values is None:
+                continue
+            option = f"--{name.replace('_', '-')}"
+            if not values:
+                raise ArgumentError(f"{option} must have at least one value")
+            _check_once(option, values)
+            taken = {known for method in self.methods for known in self._names_of(method)}
+            if name not in taken:
+                raise ArgumentError(
+                    f"{option} has no meaning for any of --methods {' '.join(self.methods)}"
+                )
+        self.configs()  # which refuses impossible values
+
+    def configs(self) -> list[Config]:
+        """All runs, resolved; those that can share a program are neighbours."""
+        runs = [run for name in self.methods for run in self._runs_of(name)]
+        plain = [run for run in runs if run.method == "sgd"] if self.equal_gradients else []
+        for multiple in sorted({gradients_of(run) for run in runs} - {1}):
+            runs += [dataclasses.replace(run, epochs=(run.epochs or 0) * multiple) for run in plain]
+        return runs
+
+    def task(self) -> dict[str, Any]:
+        """What all runs have in common, as JSON."""
+        run = self.configs()[0]
+        values = {name: getattr(run, name) for name in TASK}
+        del values["workers"], values["data_dir"]
+        return values
+
+    def _runs_of(self, name: str) -> list[Config]:
+        swept = {known: getattr(self, known) for known in self._names_of(name)}
+        swept = {known: values for known, values in swept.items() if values is not None}
+        # What changes the program changes last.
+        names = sorted(swept, key=lambda known: known not in STRUCTURAL)
+        grid = itertools.product(*(swept[known] for known in names), range(self.seeds))
+        return [
+            self._config(name, seed, dict(zip(names, values, strict=True)))
+            for *values, seed in grid
+        ]
+
+    def _names_of(self, name: str) -> list[str]:
+        """The hyperparameters of a method."""
+        config = self._config(name, 0, {}).with_epochs_of(1)
+        return [known for known in HYPERPARAMETERS if getattr(config, known) is not None]
+
+    def _config(self, name: str, seed: int, values: dict[str, Any]) -> Config:
+        method, perturbation = method_of(name)
+        task: dict[str, Any] = {known: getattr(self, known) for known in TASK}
+        return Config(
+            **task, **values, method=method, perturbation=perturbation, seed=seed, devices=1
+        ).resolved()
+
+
+def method_of(name: str) -> tuple[Any, Any]:
+    """The method and the ascended loss of "METHOD" or "METHOD+PERTURBATION"; None is its own.
+
+    Raises:
+        ArgumentError: if there is no such method.
+    """
+    method, _, perturbation = name.partition("+")
+    fixed = method == "sgd" or methods.perturbation_of(method) is not None
+    known = method in methods.DEFAULTS and (not perturbation or not fixed)
+    if not known or perturbation not in ("", "log", "tanh"):
+        raise ArgumentError(
+            f"--methods has no {name!r}: use {', '.join(methods.DEFAULTS)}, and METHOD+log or "
+            "METHOD+tanh for what is not sgd or bisam-*"
+        )
+    return method, perturbation or None
+
+
+def label_of(method: str, perturbation: str | None) -> str:
+    """The name of a method with its ascended loss; two names of one method have one label."""
+    if perturbation in (None, "ce") or methods.perturbation_of(method) is not None:
+        return method
+    return f"bisam-{perturbation}" if method == "sam" else f"{method}+{perturbation}"
+
+
+def gradients_of(run: Config) -> int:
+    """The gradients that a step of a run takes."""
+    return methods.gradients(run.method, run.perturbation or "ce", run.num_samples)
+
+
+def _check_once(option: str, values: Iterable[Any]) -> None:
+    for value, count in collections.Counter(values).items():
+        if count > 1:
+            raise ArgumentError(f"{option} has {value} twice")
