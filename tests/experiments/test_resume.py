@@ -19,9 +19,9 @@ from tests.experiments.script import start
 
 pytestmark = pytest.mark.processes
 
-# 1,884 steps, a save every 40: a run is in the middle of an epoch, and of a save, most of the time.
-LONG = ["--epochs", "6", "--batch-size", "4", "--learning-rate", "0.01", "--checkpoint-every", "40"]
-STEPS = 6 * 314
+# 1,256 steps, a save every 40: a run is in the middle of an epoch, and of a save, most of the time.
+LONG = ["--epochs", "4", "--batch-size", "4", "--learning-rate", "0.01", "--checkpoint-every", "40"]
+STEPS = 4 * 314
 
 
 def saved_steps(folder):
