@@ -107,26 +107,27 @@ class Replicas:
 
     Args:
         experiment: one of them, on one device, with its splits in memory.
-        inputs: of as many replicas as the program is for; a multiple of `devices`.
-        at_once: whether they are computed at once, by `jax.vmap`. Otherwise there is one, and its
-            program is that of the run alone.
-        devices: to share the replicas.
+        count: how many replicas, a multiple of the number of devices.
+        at_once: whether those of a device are computed at once, by `jax.vmap`. Otherwise each
+            device has one, and its program is that of the run alone.
+        devices: to share the replicas; the first one by default.
 
     Attributes:
-        count: the number of replicas.
+        count: as above.
+        at_once: as above.
+        example: inputs of so many replicas, all of them the experiment.
         bytes: what they take of each device's memory.
     """
 
     def __init__(
         self,
         experiment: Experiment,
-        inputs: Inputs,
+        count: int,
         *,
         at_once: bool = True,
         devices: Sequence[Any] | None = None,
     ) -> None:
-        self._experiment, self._at_once = experiment, at_once
-        self.count = len(inputs.keys)
+        self._experiment, self.at_once, self.count = experiment, at_once, count
         mesh = Mesh(np.asarray(devices or jax.devices()[:1]), _AXIS)
         self._mesh, self._split = mesh, NamedSharding(mesh, P(_AXIS))
         whole = NamedSharding(mesh, P())
@@ -136,6 +137,9 @@ class Replicas:
         self._train_images, self._validation_images, self._test = jax.device_put(
             (train.images, validation.images, test), whole
         )
+        seed = experiment.config.seed
+        labels = {seed: Labels(train.labels, validation.labels)}
+        self.example = inputs = self.inputs([experiment.config] * count, labels)
         self._steps_at_once = experiment.steps_at_once
         self._first = self._jit(self._first_of_one, (0, 0))
         self._order = self._jit(self._order_of_one, (0, None))
@@ -154,9 +158,9 @@ class Replicas:
         order = shapes(jax.eval_shape(self._order, population.state, number))
         self._launch = launch.lower(
             population.state,
-            shapes(inputs.values),
+            inputs.values,
             self._train_images,
-            shapes(inputs.train_labels),
+            inputs.train_labels,
             order,
             number,
             number,
@@ -164,9 +168,10 @@ class Replicas:
         best = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(population.params))
         self.bytes = memory.of_program(self._launch) + best // mesh.size
 
-    def put(self, inputs: Inputs) -> Inputs:
-        """Inputs as the other methods take them: over the devices."""
-        return jax.device_put(inputs, self._split)
+    def inputs(self, configs: Sequence[Config], labels: Mapping[int, Labels]) -> Inputs:
+        """Those of `configs`, at most `count`; the last one stands for those that are missing."""
+        filled = [*configs, *[configs[-1]] * (self.count - len(configs))]
+        return jax.device_put(inputs_of(filled, labels), self._split)
 
     def first(self, inputs: Inputs) -> Population:
         """The replicas before the first epoch."""
@@ -205,7 +210,7 @@ class Replicas:
 
     def _jit(self, function: Callable, axes: Sequence[int | None], donated: Any = ()) -> Callable:
         """`function` of one replica, for all: its arguments have the `axes` of replicas."""
-        mapped = jax.vmap(function, axes) if self._at_once else _of_the_only_one(function, axes)
+        mapped = jax.vmap(function, axes) if self.at_once else _of_the_only_one(function, axes)
         specs = tuple(P() if axis is None else P(_AXIS) for axis in axes)
         over_devices = jax.shard_map(
             mapped, mesh=self._mesh, in_specs=specs, out_specs=P(_AXIS), check_vma=False

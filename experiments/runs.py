@@ -12,13 +12,14 @@ import csv
 import datetime
 import fcntl
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any, TextIO
 
 import matplotlib.figure
 import tensorboardX
+
+from experiments import files
 
 COLUMNS: tuple[str, ...] = (
     "epoch",
@@ -134,11 +135,8 @@ class RunFolder:
                 file.close()
 
     def _write(self, name: str, text: str) -> None:
-        if not self._writes:
-            return
-        temporary = self.path / f"{name}.tmp"
-        temporary.write_text(text)
-        os.replace(temporary, self.path / name)
+        if self._writes:
+            files.write(self.path / name, text)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -56,13 +56,6 @@ class Sweep(Hyperparameters[tuple[float, ...], tuple[int, ...]], Task):
             runs += [dataclasses.replace(run, epochs=(run.epochs or 0) * multiple) for run in plain]
         return runs
 
-    def task(self) -> dict[str, Any]:
-        """What all runs have in common, as JSON."""
-        run = self.configs()[0]
-        values = {name: getattr(run, name) for name in TASK}
-        del values["workers"], values["data_dir"]
-        return values
-
     def _runs_of(self, name: str) -> list[Config]:
         swept = {known: getattr(self, known) for known in self._names_of(name)}
         swept = {known: values for known, values in swept.items() if values is not None}

@@ -1,0 +1,140 @@
+"""The plots of a comparison; they read in black and white, and when they are small."""
+
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.figure
+import numpy as np
+
+from experiments.significance import Candidate, Estimate, estimate
+
+# Colours of different lightness, and with each a marker and a dash of its own.
+_STYLES = tuple(
+    zip(
+        ("#000000", "#d55e00", "#0072b2", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#666666"),
+        ("o", "s", "^", "D", "v", "P", "X", "*"),
+        ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 3))),
+        strict=True,
+    )
+)
+_SIZE = (7.0, 3.6)
+# The same numbers make the same file.
+_SETTINGS: Any = {
+    "svg.hashsalt": "bisam_jax",
+    "font.size": 11,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+}
+
+
+def against(
+    name: str, methods: Mapping[str, Sequence[Candidate]], chosen: Mapping[str, Candidate | None]
+) -> str:
+    """Validation accuracy against the hyperparameter `name`, as SVG.
+
+    Args:
+        name: a hyperparameter of some of the methods; those without it are a line.
+        methods: each one's candidates.
+        chosen: the candidate that each one's test accuracy is reported of; it has a ring.
+    """
+    with matplotlib.rc_context(_SETTINGS):
+        figure = matplotlib.figure.Figure(figsize=_SIZE, layout="constrained")
+        axes = figure.subplots()
+        for (label, known), style in zip(methods.items(), itertools.cycle(_STYLES), strict=False):
+            colour, marker, dash = style
+            best = chosen[label]
+            if best is None:
+                continue
+            if name not in best.values:
+                _level(axes, label, best.validation, colour, dash)
+                continue
+            # Other hyperparameters are those that were chosen.
+            rest = {key: value for key, value in best.values.items() if key != name}
+            line = [c for c in known if not c.diverged and rest.items() <= c.values.items()]
+            x = [candidate.values[name] for candidate in line]
+            means = [candidate.validation for candidate in line]
+            y = [100 * mean.mean for mean in means]
+            errors = [
+                [100 * (m.mean - m.low) for m in means],
+                [100 * (m.high - m.mean) for m in means],
+            ]
+            axes.errorbar(
+                x,
+                y,
+                yerr=np.nan_to_num(errors),
+                label=label,
+                color=colour,
+                marker=marker,
+                linestyle=dash,
+                capsize=3,
+            )
+            axes.plot(
+                best.values[name],
+                100 * best.validation.mean,
+                "o",
+                markersize=14,
+                markerfacecolor="none",
+                markeredgecolor=colour,
+            )
+        values = [c.values[name] for known in methods.values() for c in known if name in c.values]
+        if min(values) > 0 and max(values) > 2 * min(values):
+            axes.set_xscale("log")
+            axes.set_xticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
+            axes.minorticks_off()
+        axes.set(xlabel=name, ylabel="validation accuracy (%)")
+        axes.legend(fontsize=9)
+        return _svg(figure)
+
+
+def curves(chosen: Mapping[str, Candidate | None]) -> str:
+    """Training loss and validation accuracy of the chosen candidates, epoch by epoch, as SVG."""
+    with matplotlib.rc_context(_SETTINGS):
+        figure = matplotlib.figure.Figure(figsize=(10, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for (label, best), style in zip(chosen.items(), itertools.cycle(_STYLES), strict=False):
+            if best is None:
+                continue
+            for axes, column, scale in (
+                (left, "loss", 1.0),
+                (right, "validation_accuracy", 100.0),
+            ):
+                _course(axes, label, best, column, scale, style)
+        left.set(xlabel="epoch", ylabel="training loss")
+        right.set(xlabel="epoch", ylabel="validation accuracy (%)")
+        right.legend(fontsize=9)
+        return _svg(figure)
+
+
+def _level(axes: Any, label: str, value: Estimate, colour: str, dash: Any) -> None:
+    axes.axhline(100 * value.mean, label=label, color=colour, linestyle=dash)
+    axes.axhspan(100 * value.low, 100 * value.high, color=colour, alpha=0.1, linewidth=0)
+
+
+def _course(axes: Any, label: str, best: Candidate, column: str, scale: float, style: Any) -> None:
+    colour, marker, dash = style
+    rows = [[row[column] for row in result.curve] for result in best.results]
+    points = [estimate(list(values)) for values in np.asarray(rows).T]
+    epochs = np.arange(1, len(points) + 1)
+    mean, low, high = (
+        scale * np.asarray(x) for x in zip(*(p[:1] + p[2:4] for p in points), strict=True)
+    )
+    axes.plot(
+        epochs,
+        mean,
+        label=label,
+        color=colour,
+        linestyle=dash,
+        marker=marker,
+        markevery=max(1, len(points) // 6),
+        markersize=5,
+    )
+    axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _svg(figure: matplotlib.figure.Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()

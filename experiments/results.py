@@ -1,0 +1,214 @@
+"""The results of a comparison, as files that other programs read too.
+
+comparison.json  the grid, and how it was computed: command, versions, hardware, times
+runs.csv         one line a run: method, hyperparameters, seed, accuracies, cost
+curves.csv       one line an epoch of a run
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from experiments import files, runs
+from experiments.config import HYPERPARAMETERS, ArgumentError, Config
+from experiments.sweep import TASK, gradients_of, label_of
+
+FINISHED, DIVERGED = "finished", "diverged"
+_CURVE = ("epoch", "loss", "validation_accuracy", "validation_loss")
+# Runs of one task can be compared; the number of epochs is compared itself.
+_TASK = tuple(name for name in TASK if name not in ("epochs", "data_dir", "workers"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of one run.
+
+    Attributes:
+        method: its label.
+        epochs: how many it was trained for.
+        seed: of everything random.
+        values: its hyperparameters.
+        gradients: of a batch, that a step takes.
+        steps: how many.
+        status: "finished", or "diverged" if a loss was not finite; then it has no accuracies.
+        validation_accuracy: the best epoch's.
+        checkpoint_epoch: the best epoch, among equals the last.
+        test_accuracy: of the best epoch.
+        milliseconds_per_step: the run's share of the time of those computed at once.
+        runs_at_once: how many.
+        curve: a row an epoch.
+    """
+
+    method: str
+    epochs: int
+    seed: int
+    values: dict[str, float]
+    gradients: int
+    steps: int
+    status: str
+    validation_accuracy: float | None
+    checkpoint_epoch: int | None
+    test_accuracy: float | None
+    milliseconds_per_step: float
+    runs_at_once: int
+    curve: list[dict[str, float]] = dataclasses.field(repr=False)
+
+    @property
+    def key(self) -> tuple:
+        """What it is the result of."""
+        return (self.method, self.epochs, tuple(sorted(self.values.items())), self.seed)
+
+
+_COLUMNS = tuple(
+    field.name for field in dataclasses.fields(Result) if field.name not in ("values", "curve")
+)
+
+
+@dataclasses.dataclass
+class Comparison:
+    """Results of one task.
+
+    Attributes:
+        task: what all runs have in common.
+        results: one a run.
+        origins: how they were computed: for each folder of results, what its comparison.json says.
+    """
+
+    task: dict[str, Any]
+    results: list[Result]
+    origins: list[dict[str, Any]]
+
+
+def task_of(config: Config) -> dict[str, Any]:
+    """What a resolved configuration shares with those that it can be compared with."""
+    return {name: getattr(config, name) for name in _TASK}
+
+
+def values_of(config: Config) -> dict[str, float]:
+    """The hyperparameters of a resolved configuration."""
+    values = {name: getattr(config, name) for name in HYPERPARAMETERS}
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
+def key_of(config: Config) -> tuple:
+    """As :attr:`Result.key`, of a resolved configuration."""
+    label = label_of(config.method, config.perturbation)
+    return (label, config.epochs, tuple(sorted(values_of(config).items())), config.seed)
+
+
+def write(folder: Path, comparison: Comparison) -> None:
+    """Writes runs.csv and curves.csv, each of them whole or not at all."""
+    lines, points = [], []
+    for number, result in enumerate(comparison.results):
+        columns = {name: getattr(result, name) for name in _COLUMNS}
+        lines.append({"run": number, **columns, **result.values})
+        points += [{"run": number, **row} for row in result.curve]
+    # The runs last: a curve without a run is not read.
+    files.write_csv(folder / "curves.csv", ("run", *_CURVE), points)
+    files.write_csv(folder / "runs.csv", ("run", *_COLUMNS, *HYPERPARAMETERS), lines)
+
+
+def read(folder: Path) -> Comparison:
+    """The results in a folder that `experiments.compare` or `experiments.train` wrote.
+
+    Raises:
+        ArgumentError: if there are none.
+    """
+    try:
+        if (folder / "comparison.json").exists():
+            return _read_comparison(folder)
+        return _read_run(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ArgumentError(f"{folder} cannot be read as results: {error}") from error
+
+
+def merged(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """One comparison for each task.
+
+    Raises:
+        ArgumentError: if two results of one run differ.
+    """
+    by_task: dict[str, Comparison] = {}
+    for comparison in comparisons:
+        name = json.dumps(comparison.task, sort_keys=True)
+        whole = by_task.setdefault(name, Comparison(comparison.task, [], []))
+        known = {result.key: result for result in whole.results}
+        for result in comparison.results:
+            there = known.get(result.key)
+            if there is None:
+                whole.results.append(result)
+            elif there.test_accuracy != result.test_accuracy:
+                raise ArgumentError(
+                    f"--from has two results of {result.method} with seed {result.seed} that "
+                    "differ: leave one of their folders out"
+                )
+        whole.origins += comparison.origins
+    return list(by_task.values())
+
+
+def _read_comparison(folder: Path) -> Comparison:
+    about = json.loads((folder / "comparison.json").read_text())
+    curves: dict[str, list[dict[str, float]]] = {}
+    for row in files.read_csv(folder / "curves.csv"):
+        point = {name: float(row[name]) for name in _CURVE}
+        curves.setdefault(row["run"], []).append(point)
+    results = [
+        _result(row, curves.get(row["run"], [])) for row in files.read_csv(folder / "runs.csv")
+    ]
+    return Comparison(about["task"], results, [about])
+
+
+def _result(row: dict[str, str], curve: list[dict[str, float]]) -> Result:
+    def number(name: str, type_: Any) -> Any:
+        return type_(row[name]) if row[name] else None
+
+    return Result(
+        method=row["method"],
+        status=row["status"],
+        values={name: float(row[name]) for name in HYPERPARAMETERS if row[name]},
+        curve=curve,
+        **{
+            name: number(name, int)
+            for name in ("epochs", "seed", "gradients", "steps", "checkpoint_epoch", "runs_at_once")
+        },
+        **{
+            name: number(name, float)
+            for name in ("validation_accuracy", "test_accuracy", "milliseconds_per_step")
+        },
+    )
+
+
+def _read_run(folder: Path) -> Comparison:
+    # Imported late: it imports this package's every part.
+    from experiments.train import load_config
+
+    config = load_config(folder)
+    summary = runs.RunFolder(folder).read_summary()
+    if summary.get("status") != FINISHED:
+        raise ValueError("the run is not finished")
+    rows = files.read_csv(folder / "metrics.csv")
+    speeds = [float(row["examples_per_second"]) for row in rows]
+    seconds = sum(1 / speed for speed in speeds) / len(speeds) * (config.batch_size or 0)
+    result = Result(
+        method=label_of(config.method, config.perturbation),
+        epochs=config.epochs or 0,
+        seed=config.seed,
+        values=values_of(config),
+        gradients=gradients_of(config),
+        steps=summary["steps"],
+        status=FINISHED,
+        validation_accuracy=summary["validation_accuracy"],
+        checkpoint_epoch=summary["checkpoint_epoch"],
+        test_accuracy=summary["test_accuracy"],
+        milliseconds_per_step=1000 * seconds,
+        runs_at_once=1,
+        curve=[{name: float(row[name]) for name in _CURVE} for row in rows],
+    )
+    about = {
+        "command": f"a run of experiments.train: {folder.name}",
+        "versions": summary["versions"],
+        "hardware": {"device": summary["device"], "devices": summary["devices"]},
+    }
+    return Comparison(task_of(config), [result], [about])

@@ -1,0 +1,228 @@
+"""The course of a comparison: the runs of a grid, many at once."""
+
+import dataclasses
+import hashlib
+import itertools
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tqdm
+
+from experiments import capacity, data, results, train
+from experiments.checkpoints import Checkpoints
+from experiments.config import Config
+from experiments.experiment import Experiment, load
+from experiments.interruption import Interruption
+from experiments.replicas import STRUCTURAL, Labels, Replicas
+from experiments.results import DIVERGED, FINISHED, Comparison, Result
+from experiments.sweep import gradients_of, label_of
+
+SECONDS_BETWEEN_SAVES = 60
+
+
+class Speed(NamedTuple):
+    """Seconds that the runs of a grid take.
+
+    Attributes:
+        together: as they were trained, compilation included.
+        one_by_one: one after another, with a compiled program for each method.
+        each_compiled: one after another, each with a program of its own, as experiments.train.
+    """
+
+    together: float
+    one_by_one: float
+    each_compiled: float
+
+
+class SweepRun:
+    """Trains those runs of a grid that have no result yet.
+
+    Args:
+        runs: resolved configurations; those that can share a program are neighbours.
+        comparison: the results that are there; more are added.
+        folder: where results are written, and checkpoints of the runs under way.
+        replicas_at_once: at most so many, or None for as many as is fast and fits.
+        interruption: asked after every epoch.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[Config],
+        comparison: Comparison,
+        folder: Path,
+        replicas_at_once: int | None,
+        interruption: Interruption,
+    ) -> None:
+        self._comparison, self._folder = comparison, folder
+        self._limit, self._interruption = replicas_at_once, interruption
+        done = {result.key for result in comparison.results}
+        missing = [run for run in runs if results.key_of(run) not in done]
+        self._groups = [list(group) for _, group in itertools.groupby(missing, _program_of)]
+        self._dataset, self._labels = _data_of(runs)
+
+    def train(self) -> Speed | None:
+        """Trains all; returns how fast, where runs were trained at once.
+
+        Raises:
+            ArgumentError: if the replicas do not fit in memory.
+            CheckpointError: if a checkpoint of runs under way cannot be read.
+            KeyboardInterrupt: after a signal, once everything is saved.
+        """
+        begun = time.perf_counter()
+        total = sum(len(group) * (group[0].epochs or 0) for group in self._groups)
+        with tqdm.tqdm(total=total, unit="epoch", file=sys.stderr) as bar:
+            ways = [self._train_group(group, bar) for group in self._groups]
+        shutil.rmtree(self._folder / "under-way", ignore_errors=True)
+        together = time.perf_counter() - begun
+        return self._speed(together) if ways and all(ways) else None
+
+    def _train_group(self, group: list[Config], bar: tqdm.tqdm) -> bool:
+        """Trains runs that share a program; whether several of them at once."""
+        label = label_of(group[0].method, group[0].perturbation)
+        if isinstance(self._dataset.train, data.Stream):
+            for run in group:
+                self._add([_trained_alone(run, self._folder / "runs")])
+                bar.update(run.epochs or 0)
+            return False
+        begun = time.perf_counter()
+        experiment = Experiment(group[0], self._dataset)
+        program = capacity.program(experiment, len(group), self._limit)
+        bar.write(
+            f"{label}, {group[0].epochs} epochs: {len(group)} runs, {program.count} at once, "
+            f"compiled in {time.perf_counter() - begun:.1f} s",
+            file=sys.stdout,
+        )
+        for first in range(0, len(group), program.count):
+            part = group[first : first + program.count]
+            self._add(self._train_part(experiment, program, part, bar))
+        return program.at_once
+
+    def _train_part(
+        self, experiment: Experiment, program: Replicas, part: list[Config], bar: tqdm.tqdm
+    ) -> list[Result]:
+        """Trains as many runs as the program is for, or fewer, from their last checkpoint."""
+        inputs = program.inputs(part, self._labels)
+        population = program.first(inputs)
+        history: list[list[list[float]]] = []  # of each epoch: loss, accuracy, validation loss
+        seconds: list[float] = []
+        checkpoints = Checkpoints(self._folder / "under-way" / _name_of(part, program.count), 1)
+        if saved := checkpoints.steps():
+            population, progress = checkpoints.restore(saved[-1], population)
+            history, seconds = progress["history"], progress["seconds"]
+            bar.update(len(history) * len(part))
+        saved_at = time.perf_counter()
+        for number in range(len(history), part[0].epochs or 0):
+            begun = time.perf_counter()
+            population, epoch = program.epoch(population, inputs, number)
+            seconds.append(time.perf_counter() - begun)
+            history.append([values.tolist() for values in epoch])
+            bar.update(len(part))
+            stopping = self._interruption.signal is not None
+            if stopping or time.perf_counter() - saved_at > SECONDS_BETWEEN_SAVES:
+                progress = {"history": list(history), "seconds": list(seconds)}
+                checkpoints.save(number + 1, population, progress)
+                saved_at = time.perf_counter()
+            if stopping:
+                checkpoints.close()
+                raise KeyboardInterrupt
+        checkpoints.close()
+        # The first epoch compiles what is small.
+        step = statistics.median(seconds[1:] or seconds) / experiment.steps_per_epoch
+        tests = program.test(population)
+        curves = np.moveaxis(np.asarray(history), -1, 0)
+        return [
+            _result(run, experiment, curve, float(test), 1000 * step / program.count, program.count)
+            for run, curve, test in zip(part, curves, tests, strict=False)
+        ]
+
+    def _add(self, new: list[Result]) -> None:
+        self._comparison.results += new
+        results.write(self._folder, self._comparison)
+
+    def _speed(self, together: float) -> Speed:
+        """Times an epoch of one run of each group alone."""
+        one_by_one = starts = 0.0
+        for group in self._groups:
+            begun = time.perf_counter()
+            alone = Replicas(Experiment(group[0], self._dataset), 1, at_once=False)
+            compiled = time.perf_counter() - begun
+            one_by_one += len(group) * (group[0].epochs or 0) * capacity.seconds_per_epoch(alone)
+            starts += len(group) * compiled
+        return Speed(together, one_by_one, one_by_one + starts)
+
+
+def _program_of(run: Config) -> tuple:
+    """What two runs must have in common to be replicas of each other."""
+    structural = tuple(getattr(run, name) for name in STRUCTURAL)
+    return (run.method, run.perturbation, run.epochs, *structural)
+
+
+def _name_of(part: list[Config], count: int) -> str:
+    keys = repr(([results.key_of(run) for run in part], count))
+    return hashlib.blake2b(keys.encode(), digest_size=8).hexdigest()
+
+
+def _data_of(runs: Sequence[Config]) -> tuple[data.Dataset, dict[int, Labels]]:
+    """The data set, and each seed's labels if it is in memory."""
+    by_seed = {run.seed: run for run in runs}
+    dataset = load(runs[0])
+    labels: dict[int, Labels] = {}
+    for seed, run in by_seed.items():
+        noisy = run.label_noise > 0 and run.seed != runs[0].seed
+        train, validation, *_ = load(run) if noisy else dataset
+        if isinstance(train, data.Stream) or isinstance(validation, data.Stream):
+            break
+        labels[seed] = Labels(train.labels, validation.labels)
+    return dataset, labels
+
+
+def _result(
+    run: Config,
+    experiment: Experiment,
+    curve: np.ndarray,
+    test_accuracy: float,
+    milliseconds_per_step: float,
+    runs_at_once: int,
+) -> Result:
+    """Of a run's history, float64[epochs, 3]."""
+    accuracies = curve[:, 1]
+    finished = bool(np.isfinite(curve).all())
+    best = len(accuracies) - 1 - int(np.argmax(accuracies[::-1]))  # among equals the last
+    names = ("loss", "validation_accuracy", "validation_loss")
+    return Result(
+        method=label_of(run.method, run.perturbation),
+        epochs=run.epochs or 0,
+        seed=run.seed,
+        values=results.values_of(run),
+        gradients=gradients_of(run),
+        steps=experiment.total_steps,
+        status=FINISHED if finished else DIVERGED,
+        validation_accuracy=float(accuracies[best]) if finished else None,
+        checkpoint_epoch=best + 1 if finished else None,
+        test_accuracy=test_accuracy if finished else None,
+        milliseconds_per_step=milliseconds_per_step,
+        runs_at_once=runs_at_once,
+        curve=[
+            dict(zip(names, row, strict=True), epoch=number + 1)
+            for number, row in enumerate(curve.tolist())
+        ],
+    )
+
+
+def _trained_alone(run: Config, folder: Path) -> Result:
+    """For data that are streamed: a run of experiments.train, with a folder of its own."""
+    name = f"{label_of(run.method, run.perturbation)}-{_name_of([run], 1)}-seed{run.seed}"
+    output = folder / name
+    there = (output / "config.json").exists()
+    config = dataclasses.replace(run, output=output, devices=None)
+    summary = train.train(train.load_config(output) if there else config, output if there else None)
+    if summary["status"] != "finished":
+        raise KeyboardInterrupt
+    (result,) = results.read(output).results
+    return result

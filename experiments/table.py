@@ -1,0 +1,97 @@
+"""The table of a comparison: each method's chosen candidate, and what it is compared with."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from experiments import significance
+from experiments.config import ArgumentError
+from experiments.results import Comparison, Result
+from experiments.significance import Candidate, Difference, Estimate
+
+PLAIN = "sgd"
+
+
+@dataclasses.dataclass
+class Row:
+    """A method in the table.
+
+    Attributes:
+        method: its label.
+        epochs: how many it was trained for.
+        best: the candidate that is reported; None if all diverged.
+        test: its test accuracy.
+        same_epochs: against the baseline, trained for as many epochs.
+        same_gradients: against plain training with as many gradients.
+        p_values: of the two, corrected; None where there is no comparison.
+    """
+
+    method: str
+    epochs: int
+    candidates: list[Candidate]
+    best: Candidate | None
+    test: Estimate | None
+    same_epochs: Difference | None = None
+    same_gradients: Difference | None = None
+    p_values: list[float | None] = dataclasses.field(default_factory=lambda: [None, None])
+
+    @property
+    def first(self) -> Result:
+        """Any of its runs."""
+        return self.candidates[0].results[0]
+
+
+def rows_of(comparison: Comparison, baseline: str) -> list[Row]:
+    """The table, the best first.
+
+    Args:
+        comparison: of one task.
+        baseline: the method that the others are compared with.
+
+    Raises:
+        ArgumentError: if it was not trained.
+    """
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for result in comparison.results:
+        groups.setdefault((result.method, result.epochs), []).append(result)
+    if baseline not in (method for method, _ in groups):
+        there = ", ".join(sorted({method for method, _ in groups}))
+        raise ArgumentError(f"--baseline must be one of {there}, got {baseline}")
+    rows = {}
+    for (method, epochs), results in groups.items():
+        best = significance.chosen(results)
+        test = best and significance.estimate([r.test_accuracy for r in best.results])
+        known = significance.candidates(results)
+        rows[method, epochs] = Row(method, epochs, known, best, test)
+    for row in rows.values():
+        row.same_epochs = _difference(row, rows.get((baseline, row.epochs)))
+        if row.first.gradients > 1:
+            plain = rows.get((PLAIN, row.epochs * row.first.gradients))
+            row.same_gradients = _difference(row, plain)
+    _correct(list(rows.values()))
+    order = sorted(rows.values(), key=lambda row: row.test.mean if row.test else -math.inf)
+    return order[::-1]
+
+
+def label_of(row: Row, rows: Sequence[Row]) -> str:
+    """The method, with its epochs where it was trained for several numbers of them."""
+    several = len({other.epochs for other in rows if other.method == row.method}) > 1
+    return f"{row.method}, {row.epochs} epochs" if several else row.method
+
+
+def _difference(row: Row, other: Row | None) -> Difference | None:
+    if other is None or other is row or row.best is None or other.best is None:
+        return None
+    return significance.difference(row.best, other.best)
+
+
+def _correct(rows: list[Row]) -> None:
+    """All comparisons of a table are one family."""
+    made = [
+        (row, number, difference.p_value)
+        for row in rows
+        for number, difference in enumerate((row.same_epochs, row.same_gradients))
+        if difference is not None
+    ]
+    for (row, number, _), p in zip(made, significance.holm([p for *_, p in made]), strict=True):
+        row.p_values[number] = p
