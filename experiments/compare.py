@@ -35,8 +35,8 @@ from experiments.checkpoints import CheckpointError
 from experiments.config import ArgumentError
 from experiments.interruption import Interruption
 from experiments.results import Comparison
-from experiments.sweep import Sweep
-from experiments.sweep_run import SweepRun
+from experiments.sweep import Sweep, label_of, method_of
+from experiments.sweep_run import SweepRun, examples_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +58,11 @@ class Arguments(Sweep):
         if self.replicas_at_once is not None and self.replicas_at_once < 1:
             raise ArgumentError(
                 f"--replicas-at-once must be at least 1, got {self.replicas_at_once}"
+            )
+        trained = [label_of(*method_of(name)) for name in self.methods]
+        if not self.from_ and self.baseline not in (None, *trained):
+            raise ArgumentError(
+                f"--baseline must be one of {', '.join(trained)}, got {self.baseline}"
             )
 
 
@@ -90,11 +95,12 @@ def compare(arguments: Arguments) -> Path:
 def _trained(arguments: Arguments, folder: Path) -> Comparison:
     grid = arguments.configs()
     task = results.task_of(grid[0])
+    examples = examples_of(grid)  # before anything is written
     with _opened(folder, _as_json(arguments), task) as comparison, Interruption() as interruption:
         limit = arguments.replicas_at_once
-        speed = SweepRun(grid, comparison, folder, limit, interruption).train()
+        speed = SweepRun(grid, examples, comparison, folder, limit, interruption).train()
         if speed is not None:
-            comparison.origins[0]["speed"] = {"runs": len(grid), **speed._asdict()}
+            comparison.origins[0]["speed"] = speed._asdict()
             print(report.speed_in_words(comparison.origins[0]["speed"]))
             _write_about(folder, comparison.origins[0])
     return comparison

@@ -26,15 +26,43 @@ from experiments.sweep import gradients_of, label_of
 SECONDS_BETWEEN_SAVES = 60
 
 
+class Examples(NamedTuple):
+    """The data set of a seed, and each seed's labels if it is in memory."""
+
+    dataset: data.Dataset
+    labels: dict[int, Labels]
+
+
+def examples_of(runs: Sequence[Config]) -> Examples:
+    """Those that runs of one task are trained on.
+
+    Raises:
+        ArgumentError: if the task does not fit them.
+        DatasetError: if the data set is not there.
+    """
+    dataset = load(runs[0])
+    Experiment(runs[0], dataset)
+    labels: dict[int, Labels] = {}
+    for seed, run in {run.seed: run for run in runs}.items():
+        noisy = run.label_noise > 0 and seed != runs[0].seed
+        train, validation, *_ = load(run) if noisy else dataset
+        if isinstance(train, data.Stream) or isinstance(validation, data.Stream):
+            break
+        labels[seed] = Labels(train.labels, validation.labels)
+    return Examples(dataset, labels)
+
+
 class Speed(NamedTuple):
-    """Seconds that the runs of a grid take.
+    """Seconds that some runs take.
 
     Attributes:
+        runs: how many they are.
         together: as they were trained, compilation included.
         one_by_one: one after another, with a compiled program for each method.
         each_compiled: one after another, each with a program of its own, as experiments.train.
     """
 
+    runs: int
     together: float
     one_by_one: float
     each_compiled: float
@@ -45,6 +73,7 @@ class SweepRun:
 
     Args:
         runs: resolved configurations; those that can share a program are neighbours.
+        examples: as :func:`examples_of` loads them.
         comparison: the results that are there; more are added.
         folder: where results are written, and checkpoints of the runs under way.
         replicas_at_once: at most so many, or None for as many as is fast and fits.
@@ -54,6 +83,7 @@ class SweepRun:
     def __init__(
         self,
         runs: Sequence[Config],
+        examples: Examples,
         comparison: Comparison,
         folder: Path,
         replicas_at_once: int | None,
@@ -64,7 +94,7 @@ class SweepRun:
         done = {result.key for result in comparison.results}
         missing = [run for run in runs if results.key_of(run) not in done]
         self._groups = [list(group) for _, group in itertools.groupby(missing, _program_of)]
-        self._dataset, self._labels = _data_of(runs)
+        self._dataset, self._labels = examples
 
     def train(self) -> Speed | None:
         """Trains all; returns how fast, where runs were trained at once.
@@ -154,7 +184,8 @@ class SweepRun:
             compiled = time.perf_counter() - begun
             one_by_one += len(group) * (group[0].epochs or 0) * capacity.seconds_per_epoch(alone)
             starts += len(group) * compiled
-        return Speed(together, one_by_one, one_by_one + starts)
+        runs = sum(map(len, self._groups))
+        return Speed(runs, together, one_by_one, one_by_one + starts)
 
 
 def _program_of(run: Config) -> tuple:
@@ -166,20 +197,6 @@ def _program_of(run: Config) -> tuple:
 def _name_of(part: list[Config], count: int) -> str:
     keys = repr(([results.key_of(run) for run in part], count))
     return hashlib.blake2b(keys.encode(), digest_size=8).hexdigest()
-
-
-def _data_of(runs: Sequence[Config]) -> tuple[data.Dataset, dict[int, Labels]]:
-    """The data set, and each seed's labels if it is in memory."""
-    by_seed = {run.seed: run for run in runs}
-    dataset = load(runs[0])
-    labels: dict[int, Labels] = {}
-    for seed, run in by_seed.items():
-        noisy = run.label_noise > 0 and run.seed != runs[0].seed
-        train, validation, *_ = load(run) if noisy else dataset
-        if isinstance(train, data.Stream) or isinstance(validation, data.Stream):
-            break
-        labels[seed] = Labels(train.labels, validation.labels)
-    return dataset, labels
 
 
 def _result(

@@ -1,0 +1,345 @@
+"""The comparison, as its users run it."""
+
+import base64
+import csv
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from experiments import compare, replicas, sweep_run, train
+from experiments.config import Config
+from tests.experiments import tiny_dataset
+
+SMALL = ["--epochs", 2, "--train-examples", 96, "--seeds", 2, "--label-noise", 0.3]
+GRID = ["--methods", "sgd", "sam", "gsam+log", "--rho", 0.05, 0.5, *SMALL]
+
+
+def run(capsys, *args):
+    """Exit status, standard output, standard error of the script in this process."""
+    status = 0
+    try:
+        compare.main([str(arg) for arg in args])
+    except SystemExit as exit_:
+        status = exit_.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A comparison, and what was printed."""
+    folder = tmp_path_factory.mktemp("finished") / "comparison"
+    command = [sys.executable, "-m", "experiments.compare", *map(str, GRID), "--output", folder]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return folder, process.stdout
+
+
+def test_the_grid(finished):
+    rows = rows_of(finished[0] / "runs.csv")
+    runs = [(row["method"], row["epochs"], row["rho"], row["seed"]) for row in rows]
+    assert sorted(runs) == sorted(
+        [("sgd", epochs, "", seed) for epochs in ("2", "4", "6") for seed in "01"]
+        + [
+            (m, "2", rho, seed)
+            for m in ("sam", "gsam+log")
+            for rho in ("0.05", "0.5")
+            for seed in "01"
+        ]
+    )
+    # Bilevel gsam takes the clean gradients of both losses.
+    assert {(row["method"], row["gradients"]) for row in rows} == {
+        ("sgd", "1"),
+        ("sam", "2"),
+        ("gsam+log", "3"),
+    }
+    curves = rows_of(finished[0] / "curves.csv")
+    assert len(curves) == sum(int(row["epochs"]) for row in rows)
+    for row in rows:
+        course = [float(c["validation_accuracy"]) for c in curves if c["run"] == row["run"]]
+        assert float(row["validation_accuracy"]) == max(course)
+        assert int(row["checkpoint_epoch"]) == max(
+            epoch for epoch, value in enumerate(course, 1) if value == max(course)
+        )
+
+
+def test_what_is_printed(finished):
+    folder, out = finished
+    assert re.search(r"^sam, 2 epochs: 4 runs, 4 at once, compiled in \d+\.\d s$", out, re.M)
+    assert re.search(r"^14 runs took \d+ s.*times as long.*$", out, re.M)
+    assert out.splitlines()[-1] == f"wrote {folder}/report.md and {folder}/report.html"
+
+
+def test_the_report(finished):
+    folder, _ = finished
+    text = (folder / "report.md").read_text()
+    assert "digits, 96 examples, 30 % wrong labels, mlp, batch 32" in text
+    summary = rows_of(folder / "summary.csv")
+    assert [row["method"] for row in summary] == re.findall(r"^\| (\S+) \|", text, re.M)[2:]
+    accuracies = [float(row["test_accuracy"]) for row in summary]
+    assert accuracies == sorted(accuracies, reverse=True)
+    runs = rows_of(folder / "runs.csv")
+    for row in summary:
+        mine = [r for r in runs if (r["method"], r["epochs"]) == (row["method"], row["epochs"])]
+        rho = row["chosen"].removeprefix("rho ")
+        by_rho = {}
+        for r in mine:
+            by_rho.setdefault(r["rho"], []).append(r)
+        validation = {
+            key: sum(float(r["validation_accuracy"]) for r in rs) / 2 for key, rs in by_rho.items()
+        }
+        assert validation[rho] == max(validation.values())
+        mean = sum(float(r["test_accuracy"]) for r in by_rho[rho]) / 2
+        assert float(row["test_accuracy"]) == pytest.approx(mean)
+        # Equal gradients: of plain training with as many epochs as gradients a step.
+        if row["method"] != "sgd":
+            gradients, seeds = int(mine[0]["gradients"]), "01"
+            plain = {
+                r["seed"]: float(r["test_accuracy"])
+                for r in runs
+                if (r["method"], int(r["epochs"])) == ("sgd", 2 * gradients)
+            }
+            ours = {r["seed"]: float(r["test_accuracy"]) for r in by_rho[rho]}
+            expected = sum(ours[seed] - plain[seed] for seed in seeds) / 2
+            assert float(row["same_gradients_difference"]) == pytest.approx(expected)
+    about = json.loads((folder / "comparison.json").read_text())
+    assert about["command"] in text
+    assert about["versions"]["jax"] in text
+    assert "no p-value can be below" in text
+
+
+def test_the_page_needs_no_other_file(finished):
+    folder, _ = finished
+    page = (folder / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    images = sorted(path.read_text() for path in folder.glob("*.svg"))
+    assert len(images) == 2
+    encoded = "data:image/svg+xml;base64,"
+    assert sorted(base64.b64decode(s.removeprefix(encoded)).decode() for s in sources) == images
+    assert page.count("<table>") == 1
+    assert page.count("<tr>") == 1 + len(rows_of(folder / "summary.csv"))
+
+
+def test_the_same_numbers_with_fewer_at_once(finished, tmp_path, capsys):
+    folder, _ = finished
+    output = tmp_path / "one"
+    status, out, err = run(capsys, *GRID, "--replicas-at-once", 1, "--output", output)
+    assert status == 0, err
+    assert "4 runs, 1 at once" in out
+    for row, expected in zip(
+        rows_of(output / "runs.csv"), rows_of(folder / "runs.csv"), strict=True
+    ):
+        for name in ("method", "rho", "seed", "checkpoint_epoch"):
+            assert row[name] == expected[name]
+        # Rounding errors turn single predictions, of 180 and 360.
+        for name, few in (("validation_accuracy", 3 / 180), ("test_accuracy", 3 / 360)):
+            assert float(row[name]) == pytest.approx(float(expected[name]), abs=few)
+
+
+class Interrupted:
+    """As if Ctrl-C came during an epoch."""
+
+    def __init__(self, epoch):
+        self.left = epoch
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    @property
+    def signal(self):
+        self.left -= 1
+        return signal.SIGINT if self.left == 0 else None
+
+
+def test_a_stopped_comparison_goes_on(tmp_path, capsys, monkeypatch):
+    grid = ["--methods", "sgd", "sam", "--no-equal-gradients", *SMALL, "--epochs", 4]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    run(capsys, *grid, "--output", whole)
+    # During the second method's second epoch.
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "Interruption", lambda: Interrupted(6))
+        status, _, err = run(capsys, *grid, "--output", stopped)
+    assert status == 130
+    assert "the same command goes on" in err
+    assert [row["method"] for row in rows_of(stopped / "runs.csv")] == ["sgd"] * 2
+
+    # Lost during the fourth: what was saved before is not computed again.
+    epochs = []
+    epoch = replicas.Replicas.epoch
+
+    def lost(self, population, inputs, number):
+        epochs.append(number)
+        if number == 3:
+            raise MemoryError
+        return epoch(self, population, inputs, number)
+
+    monkeypatch.setattr(sweep_run, "SECONDS_BETWEEN_SAVES", 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(replicas.Replicas, "epoch", lost)
+        with pytest.raises(MemoryError):
+            run(capsys, *grid, "--output", stopped)
+    assert epochs == [2, 3]
+    status, _, err = run(capsys, *grid, "--output", stopped)
+    assert status == 0, err
+    assert not (stopped / "under-way").exists()
+    assert (stopped / "curves.csv").read_text() == (whole / "curves.csv").read_text()
+    for row, expected in zip(
+        rows_of(stopped / "runs.csv"), rows_of(whole / "runs.csv"), strict=True
+    ):
+        del row["milliseconds_per_step"], expected["milliseconds_per_step"]
+        assert row == expected
+
+
+def test_a_finished_comparison_is_not_computed_again(finished, capsys, monkeypatch):
+    folder, _ = finished
+    before = (folder / "runs.csv").read_text()
+    monkeypatch.setattr(sweep_run, "Experiment", None)
+    status, _, err = run(capsys, *GRID, "--output", folder)
+    assert status == 0, err
+    assert (folder / "runs.csv").read_text() == before
+    assert "took" in (folder / "report.md").read_text()
+
+
+def test_another_grid_is_refused(finished, capsys):
+    folder, _ = finished
+    before = (folder / "runs.csv").read_text()
+    args = [arg if arg != 0.5 else 0.4 for arg in GRID]
+    status, _, err = run(capsys, *args, "--output", folder)
+    assert status == 2
+    assert err.splitlines()[-1].startswith(f"error: --output {folder} has another comparison")
+    assert "--rho" in err
+    assert (folder / "runs.csv").read_text() == before
+
+
+def test_runs_of_streamed_images_are_trained_by_themselves(tmp_path, capsys):
+    tiny_dataset.write(tmp_path, "varied", train=45, sizes=tiny_dataset.VARIED)
+    args = ["--dataset", "varied", "--data-dir", tmp_path, "--image-size", 8, "--model", "mlp"]
+    args += ["--epochs", 1, "--batch-size", 8, "--workers", 0, "--seeds", 2, "--methods", "sgd"]
+    folder = tmp_path / "comparison"
+    status, _, err = run(capsys, *args, "--output", folder)
+    assert status == 0, err
+    for row in rows_of(folder / "runs.csv"):
+        (path,) = (folder / "runs").glob(f"*-seed{row['seed']}")
+        summary = json.loads((path / "summary.json").read_text())
+        assert float(row["test_accuracy"]) == summary["test_accuracy"]
+
+
+def test_results_are_merged(finished, tmp_path, capsys):
+    folder, _ = finished
+    other, single = tmp_path / "other", tmp_path / "single"
+    run(capsys, "--methods", "asam", "--rho", 1.0, *SMALL, "--output", other)
+    task = {"epochs": 2, "train_examples": 96, "label_noise": 0.3, "devices": 1}
+    train.train(Config(**task, method="bisam-log", seed=1, output=single))
+    clean = tmp_path / "clean"
+    train.train(Config(**task | {"label_noise": 0.0}, method="sgd", output=clean))
+    output = tmp_path / "report"
+    status, _, err = run(capsys, "--from", folder, other, single, clean, "--output", output)
+    assert status == 0, err
+    summary = rows_of(output / "summary.csv")
+    noisy = [row for row in summary if "30 % wrong" in row["task"]]
+    assert {row["method"]: row["seeds"] for row in noisy} == {
+        "sgd": "2",
+        "sam": "2",
+        "gsam+log": "2",
+        "asam": "2",
+        "bisam-log": "1",
+    }
+    assert [row["method"] for row in summary if "clean" in row["task"]] == ["sgd"]
+    # Paired with the runs of another folder.
+    asam = next(row for row in noisy if row["method"] == "asam")
+    assert float(asam["same_epochs_low"]) <= float(asam["same_epochs_difference"])
+    # The same report, made again.
+    again = tmp_path / "again"
+    run(capsys, "--from", folder, "--output", again)
+    for name in ("summary.csv", "1-rho.svg", "report.md"):
+        assert (again / name).read_text() == (folder / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--methods", "sgd", "adahessian"], "--methods has no 'adahessian'"),
+        (["--methods", "bisam-log+tanh"], "--methods has no 'bisam-log+tanh'"),
+        (["--methods", "sam", "sam"], "--methods has sam twice"),
+        (["--methods", "bisam-log", "sam+log"], "--methods has bisam-log twice"),
+        (["--rho", "0.1", "0.1"], "--rho has 0.1 twice"),
+        (["--rho", "0.1", "-1"], "--rho must be finite, at least 0, got -1.0"),
+        (["--rho"], "--rho must have at least one value"),
+        (["--tilt", "1"], "--tilt has no meaning for any of --methods"),
+        (["--curvature", "1"], "--curvature"),
+        (["--seeds", "0"], "--seeds must be at least 1"),
+        (["--replicas-at-once", "0"], "--replicas-at-once must be at least 1"),
+        (["--baseline", "asam"], "--baseline must be one of"),
+        (["--batch-size", "5000"], "--batch-size must be at most the 1257"),
+        (["--dataset", "none", "--data-dir", "."], "none"),
+        (["--from", "missing"], "missing cannot be read as results"),
+        (["--from", "missing", "--rho", "0.1"], "--from takes no option but"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line(args, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(capsys, *args, "--output", tmp_path / "new")
+    assert status == 2
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert err.splitlines()[-1] == lines[0]
+    assert not (tmp_path / "new").exists()
+
+
+def test_results_that_differ_are_not_merged(finished, tmp_path, capsys):
+    folder, _ = finished
+    other = shutil.copytree(folder, tmp_path / "other")
+    text = (other / "runs.csv").read_text().splitlines()
+    header = text[0].split(",")
+    row = text[1].split(",")
+    row[header.index("test_accuracy")] = "0.123"
+    (other / "runs.csv").write_text("\n".join([text[0], ",".join(row), *text[2:]]) + "\n")
+    status, _, err = run(capsys, "--from", folder, other, "--output", tmp_path / "report")
+    assert status == 2
+    assert "two results of sgd with seed 0 that differ" in err
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_run_that_diverged_is_told_and_not_chosen(tmp_path, capsys):
+    args = ["--methods", "sgd", "sam", "--rho", 0.05, 1e30, *SMALL, "--output", tmp_path / "new"]
+    status, _, err = run(capsys, *args)
+    assert status == 0, err
+    rows = rows_of(tmp_path / "new" / "runs.csv")
+    assert {(row["rho"], row["status"]) for row in rows if row["method"] == "sam"} == {
+        ("0.05", "finished"),
+        ("1e+30", "diverged"),
+    }
+    text = (tmp_path / "new" / "report.md").read_text()
+    assert "2 of 2 runs diverged" in text
+    (chosen,) = [
+        row["chosen"] for row in rows_of(tmp_path / "new" / "summary.csv") if row["method"] == "sam"
+    ]
+    assert chosen == "rho 0.05"
+
+
+def test_second_gradient_beats_label_noise(tmp_path, capsys):
+    """The digits with wrong labels; and without, what the README says of a single run."""
+    noisy, clean = tmp_path / "noisy", tmp_path / "clean"
+    args = ["--methods", "sgd", "sam", "bisam-log", "--rho", 1.0, "--label-noise", 0.4]
+    run(capsys, *args, "--seeds", 3, "--no-equal-gradients", "--output", noisy)
+    for row in rows_of(noisy / "summary.csv"):
+        if row["method"] != "sgd":
+            assert float(row["same_epochs_difference"]) > 0.05
+    run(capsys, "--methods", "bisam-log", "--seeds", 5, "--output", clean)
+    (row,) = rows_of(clean / "summary.csv")
+    assert float(row["test_accuracy"]) >= 0.98
