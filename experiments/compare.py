@@ -201,7 +201,7 @@ def main(args: Sequence[str] | None = None) -> None:
     # Every core is a device that trains replicas of its own; XLA runs their batched products on
     # one core alone.
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not given and jax.config.read("jax_num_cpu_devices") < 1:
+    if not given and getattr(jax.config, "jax_num_cpu_devices", -1) < 1:
         with contextlib.suppress(RuntimeError):  # JAX runs already
             jax.config.update("jax_num_cpu_devices", os.cpu_count())
     arguments = command_line.parse(Arguments, __doc__ or "", args)

@@ -58,6 +58,7 @@ class Task:
         Literal[
             "mlp",
             "cnn",
+            "resnet8",
             "resnet20",
             "resnet32",
             "resnet56",
@@ -73,7 +74,7 @@ class Task:
         ]
         | None
     ) = None
-    """The network (default mlp for digits, else resnet20); mlp and cnn are small."""
+    """The network (default mlp for digits, else resnet20); mlp, cnn and resnet8 are small."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the model's arithmetic; parameters and statistics are always float32."""
     base: Literal["sgd", "adamw"] = "sgd"

@@ -152,12 +152,15 @@ def _read_comparison(folder: Path) -> Comparison:
     about = json.loads((folder / "comparison.json").read_text())
     curves: dict[str, list[dict[str, float]]] = {}
     for row in files.read_csv(folder / "curves.csv"):
-        point = {name: float(row[name]) for name in _CURVE}
-        curves.setdefault(row["run"], []).append(point)
+        curves.setdefault(row["run"], []).append(_point(row))
     results = [
         _result(row, curves.get(row["run"], [])) for row in files.read_csv(folder / "runs.csv")
     ]
     return Comparison(about["task"], results, [about])
+
+
+def _point(row: dict[str, str]) -> dict[str, float]:
+    return {name: float(row[name]) for name in _CURVE} | {"epoch": int(row["epoch"])}
 
 
 def _result(row: dict[str, str], curve: list[dict[str, float]]) -> Result:
@@ -204,7 +207,7 @@ def _read_run(folder: Path) -> Comparison:
         test_accuracy=summary["test_accuracy"],
         milliseconds_per_step=1000 * seconds,
         runs_at_once=1,
-        curve=[{name: float(row[name]) for name in _CURVE} for row in rows],
+        curve=[_point(row) for row in rows],
     )
     about = {
         "command": f"a run of experiments.train: {folder.name}",

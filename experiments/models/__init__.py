@@ -46,6 +46,7 @@ class Architecture(NamedTuple):
 ARCHITECTURES = {
     "mlp": Architecture(MLP, convolutional=False, weighs_more_than_batches=True),
     "cnn": Architecture(CNN),
+    "resnet8": Architecture(partial(CifarResNet, depth=8)),
     "resnet20": Architecture(partial(CifarResNet, depth=20)),
     "resnet32": Architecture(partial(CifarResNet, depth=32)),
     "resnet56": Architecture(partial(CifarResNet, depth=56)),

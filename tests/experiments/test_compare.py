@@ -3,6 +3,7 @@
 import base64
 import csv
 import json
+import os
 import re
 import shutil
 import signal
@@ -15,8 +16,10 @@ from experiments import compare, replicas, sweep_run, train
 from experiments.config import Config
 from tests.experiments import tiny_dataset
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 SMALL = ["--epochs", 2, "--train-examples", 96, "--seeds", 2, "--label-noise", 0.3]
-GRID = ["--methods", "sgd", "sam", "gsam+log", "--rho", 0.05, 0.5, *SMALL]
+GRID = ["--methods", "sgd", "sam", "--rho", 0.05, 0.5, *SMALL]
 
 
 def run(capsys, *args):
@@ -40,7 +43,8 @@ def finished(tmp_path_factory):
     """A comparison, and what was printed."""
     folder = tmp_path_factory.mktemp("finished") / "comparison"
     command = [sys.executable, "-m", "experiments.compare", *map(str, GRID), "--output", folder]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    quick = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": ""}
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300, env=quick)
     assert process.returncode == 0, process.stderr
     return folder, process.stdout
 
@@ -48,21 +52,10 @@ def finished(tmp_path_factory):
 def test_the_grid(finished):
     rows = rows_of(finished[0] / "runs.csv")
     runs = [(row["method"], row["epochs"], row["rho"], row["seed"]) for row in rows]
-    assert sorted(runs) == sorted(
-        [("sgd", epochs, "", seed) for epochs in ("2", "4", "6") for seed in "01"]
-        + [
-            (m, "2", rho, seed)
-            for m in ("sam", "gsam+log")
-            for rho in ("0.05", "0.5")
-            for seed in "01"
-        ]
-    )
-    # Bilevel gsam takes the clean gradients of both losses.
-    assert {(row["method"], row["gradients"]) for row in rows} == {
-        ("sgd", "1"),
-        ("sam", "2"),
-        ("gsam+log", "3"),
-    }
+    expected = [("sgd", epochs, "", seed) for epochs in ("2", "4") for seed in "01"]
+    expected += [("sam", "2", rho, seed) for rho in ("0.05", "0.5") for seed in "01"]
+    assert sorted(runs) == sorted(expected)
+    assert {(row["method"], row["gradients"]) for row in rows} == {("sgd", "1"), ("sam", "2")}
     curves = rows_of(finished[0] / "curves.csv")
     assert len(curves) == sum(int(row["epochs"]) for row in rows)
     for row in rows:
@@ -76,7 +69,7 @@ def test_the_grid(finished):
 def test_what_is_printed(finished):
     folder, out = finished
     assert re.search(r"^sam, 2 epochs: 4 runs, 4 at once, compiled in \d+\.\d s$", out, re.M)
-    assert re.search(r"^14 runs took \d+ s.*times as long.*$", out, re.M)
+    assert re.search(r"^8 runs took \d+ s.*times as long.*$", out, re.M)
     assert out.splitlines()[-1] == f"wrote {folder}/report.md and {folder}/report.html"
 
 
@@ -196,17 +189,16 @@ def test_a_stopped_comparison_goes_on(tmp_path, capsys, monkeypatch):
     assert status == 0, err
     assert not (stopped / "under-way").exists()
     assert (stopped / "curves.csv").read_text() == (whole / "curves.csv").read_text()
-    for row, expected in zip(
-        rows_of(stopped / "runs.csv"), rows_of(whole / "runs.csv"), strict=True
-    ):
-        del row["milliseconds_per_step"], expected["milliseconds_per_step"]
-        assert row == expected
+    rows, expected = rows_of(stopped / "runs.csv"), rows_of(whole / "runs.csv")
+    for row in rows + expected:
+        del row["milliseconds_per_step"]
+    assert rows == expected
 
 
 def test_a_finished_comparison_is_not_computed_again(finished, capsys, monkeypatch):
     folder, _ = finished
     before = (folder / "runs.csv").read_text()
-    monkeypatch.setattr(sweep_run, "Experiment", None)
+    monkeypatch.setattr(replicas.Replicas, "epoch", None)
     status, _, err = run(capsys, *GRID, "--output", folder)
     assert status == 0, err
     assert (folder / "runs.csv").read_text() == before
@@ -253,7 +245,6 @@ def test_results_are_merged(finished, tmp_path, capsys):
     assert {row["method"]: row["seeds"] for row in noisy} == {
         "sgd": "2",
         "sam": "2",
-        "gsam+log": "2",
         "asam": "2",
         "bisam-log": "1",
     }
@@ -284,7 +275,6 @@ def test_results_are_merged(finished, tmp_path, capsys):
         (["--replicas-at-once", "0"], "--replicas-at-once must be at least 1"),
         (["--baseline", "asam"], "--baseline must be one of"),
         (["--batch-size", "5000"], "--batch-size must be at most the 1257"),
-        (["--dataset", "none", "--data-dir", "."], "none"),
         (["--from", "missing"], "missing cannot be read as results"),
         (["--from", "missing", "--rho", "0.1"], "--from takes no option but"),
     ],
@@ -316,7 +306,7 @@ def test_results_that_differ_are_not_merged(finished, tmp_path, capsys):
 
 
 def test_a_run_that_diverged_is_told_and_not_chosen(tmp_path, capsys):
-    args = ["--methods", "sgd", "sam", "--rho", 0.05, 1e30, *SMALL, "--output", tmp_path / "new"]
+    args = ["--methods", "sam", "--rho", 0.05, 1e30, *SMALL, "--output", tmp_path / "new"]
     status, _, err = run(capsys, *args)
     assert status == 0, err
     rows = rows_of(tmp_path / "new" / "runs.csv")
@@ -330,16 +320,3 @@ def test_a_run_that_diverged_is_told_and_not_chosen(tmp_path, capsys):
         row["chosen"] for row in rows_of(tmp_path / "new" / "summary.csv") if row["method"] == "sam"
     ]
     assert chosen == "rho 0.05"
-
-
-def test_second_gradient_beats_label_noise(tmp_path, capsys):
-    """The digits with wrong labels; and without, what the README says of a single run."""
-    noisy, clean = tmp_path / "noisy", tmp_path / "clean"
-    args = ["--methods", "sgd", "sam", "bisam-log", "--rho", 1.0, "--label-noise", 0.4]
-    run(capsys, *args, "--seeds", 3, "--no-equal-gradients", "--output", noisy)
-    for row in rows_of(noisy / "summary.csv"):
-        if row["method"] != "sgd":
-            assert float(row["same_epochs_difference"]) > 0.05
-    run(capsys, "--methods", "bisam-log", "--seeds", 5, "--output", clean)
-    (row,) = rows_of(clean / "summary.csv")
-    assert float(row["test_accuracy"]) >= 0.98

@@ -73,13 +73,13 @@ def test_the_length_of_launches_changes_nothing():
 
 @pytest.mark.parametrize("steps_at_once", [1, 3])
 def test_a_run_goes_on_from_any_step(steps_at_once):
-    state, losses = epochs(in_memory(steps_at_once), start())
+    launch = in_memory(steps_at_once)
+    state, losses = epochs(launch, start())
     for middle in (1, 4, 5, 7):
-        launch, resumed = in_memory(steps_at_once), start()
         epoch_end = 5 if middle < 5 else 10
-        before = epochs(in_memory(steps_at_once), start(), middle // 5)[0]
-        before, _ = run(in_memory(steps_at_once), before, middle // 5 * 5, middle)
-        resumed, rest = run(launch, before, middle, epoch_end)
+        before = epochs(launch, start(), middle // 5)[0]
+        before, _ = run(launch, before, middle // 5 * 5, middle)
+        resumed, rest = run(in_memory(steps_at_once), before, middle, epoch_end)
         assert rest == losses[middle:epoch_end]
         if epoch_end == 10:
             chex.assert_trees_all_equal(resumed, state)

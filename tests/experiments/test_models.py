@@ -29,6 +29,7 @@ SMALL = {
 # Trainable parameters, and layers: those in the name, and shortcuts that are convolutions. The
 # name of a wide network counts these, but not its head.
 SIZES = {
+    "resnet8": (75_290, 8),
     "resnet20": (269_722, 20),
     "resnet32": (464_154, 32),
     "resnet56": (853_018, 56),

@@ -85,9 +85,8 @@ def test_two_replicas_are_the_two_runs_alone(method):
         {"method": "gsam", "perturbation": "tanh", "base": "adamw"},
         {"method": "sam", "group_size": 8, "crop_padding": 1, "cutout": 0.5},
         {"method": "bisam-log", "microbatch_size": 16, "flip": True},
-        {"model": "cnn", "method": "bisam-tanh"},
     ],
-    ids=["adamw", "groups", "microbatches", "convolutional"],
+    ids=["adamw", "groups", "microbatches"],
 )
 def test_whatever_is_trained(options):
     runs = configs(**options)
@@ -109,7 +108,7 @@ def test_every_hyperparameter_that_can_be_traced_is():
     """Or two replicas would both have the first one's."""
     changed = {
         "rho": 0.3, "mu": 4.0, "alpha": 0.4, "eta": 0.5, "gsam_alpha": 0.9, "rho_min": 0.3,
-        "tilt": 30.0, "noise_radius": 0.1, "noise_scale": 0.01, "interpolation": 0.8,
+        "tilt": 30.0, "noise_radius": 0.1, "noise_scale": 0.001, "interpolation": 0.8,
         "sigma": 0.2, "decay": 0.2, "learning_rate": 0.02, "momentum": 0.5, "weight_decay": 0.2,
     }  # fmt: skip
     of_methods = {
@@ -138,10 +137,10 @@ def test_as_many_at_once_as_fit(monkeypatch):
     many = capacity.program(experiment, 64, None)
     assert many.count == 64
     assert capacity.program(experiment, 3, None).count == 3
-    # Parts as even as can be, on all devices.
-    assert capacity.program(experiment, 10, 9).count == 8
+    # Parts as even as can be.
+    assert capacity.program(experiment, 10, 9).count == 5
     each = many.bytes / many.count * jax.local_device_count()
-    free = 20.5 * each * jax.local_device_count() / capacity.SHARE_OF_MEMORY
+    free = 20.5 * each / capacity.SHARE_OF_MEMORY
     monkeypatch.setattr(memory, "free_bytes", lambda: free)
     assert capacity.program(experiment, 64, None).count == 16
     with pytest.raises(ArgumentError, match=r"--replicas-at-once 64 is too many.*at most 16 fit"):

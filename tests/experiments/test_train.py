@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from experiments import evaluate, launches, train
+from experiments import compare, evaluate, files, launches, train
 from experiments.config import Config
 from experiments.experiment import Experiment
 from experiments.training import keys_of
@@ -52,6 +52,15 @@ def test_no_arguments(tmp_path):
     assert re.search(r"1950/1950 .*step/s", err)
     assert re.search(r"^compiled in \d+\.\d s", out, re.M)
     assert re.search(r"\d\.\d\d GiB at most\)", out)
+
+
+def test_second_gradient_beats_label_noise(tmp_path):
+    args = ["--methods", "sgd", "sam", "bisam-log", "--rho", "1", "--label-noise", "0.4"]
+    args += ["--seeds", "3", "--no-equal-gradients", "--output", str(tmp_path / "new")]
+    compare.main(args)
+    for row in files.read_csv(tmp_path / "new" / "summary.csv"):
+        if row["method"] != "sgd":
+            assert float(row["same_epochs_difference"]) > 0.05
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import pytest
 
 from experiments import methods, models, training
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 BATCH = training.Batch(
     images=jax.random.uniform(jax.random.key(0), (40, 8, 8, 1)),
     labels=jnp.arange(40, dtype=jnp.int32) % 10,
