@@ -16,7 +16,7 @@ from experiments.experiment import Experiment
 from experiments.replicas import Replicas
 
 # On each device. More at once gain nothing on CPU: they leave its caches (docs/comparing.md).
-AT_ONCE_ON_CPU = 8
+AT_ONCE_ON_CPU = 4
 SHARE_OF_MEMORY = 0.8
 
 

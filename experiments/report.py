@@ -201,11 +201,11 @@ def _origins(comparisons: Sequence[Comparison]) -> str:
 
 def speed_in_words(speed: dict[str, float]) -> str:
     """How much training many runs at once gained."""
-    together, ready, alone = (speed[n] for n in ("together", "one_by_one", "each_compiled"))
+    together, training, steps = (speed[n] for n in ("together", "by_training", "steps_alone"))
     return (
         f"{speed['runs']:.0f} runs took {together:.0f} s, compilation included. One after another "
-        f"they take {alone:.0f} s, each with a program of its own ({alone / together:.1f} times as "
-        f"long), and {ready:.0f} s with programs that are there ({ready / together:.1f} times)."
+        f"they take {training:.0f} s with experiments.train, {training / together:.1f} times as "
+        f"long (one of each method was timed); {steps:.0f} s of that are steps and evaluation."
     )
 
 

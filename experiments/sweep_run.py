@@ -1,11 +1,14 @@
 """The course of a comparison: the runs of a grid, many at once."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
+import os
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +27,7 @@ from experiments.results import DIVERGED, FINISHED, Comparison, Result
 from experiments.sweep import gradients_of, label_of
 
 SECONDS_BETWEEN_SAVES = 60
+SECONDS_TO_TIME_RUNS_ALONE = 20
 
 
 class Examples(NamedTuple):
@@ -58,14 +62,14 @@ class Speed(NamedTuple):
     Attributes:
         runs: how many they are.
         together: as they were trained, compilation included.
-        one_by_one: one after another, with a compiled program for each method.
-        each_compiled: one after another, each with a program of its own, as experiments.train.
+        by_training: one after another, by experiments.train.
+        steps_alone: one after another, with programs that are compiled and nothing to write.
     """
 
     runs: int
     together: float
-    one_by_one: float
-    each_compiled: float
+    by_training: float
+    steps_alone: float
 
 
 class SweepRun:
@@ -175,17 +179,27 @@ class SweepRun:
         self._comparison.results += new
         results.write(self._folder, self._comparison)
 
-    def _speed(self, together: float) -> Speed:
-        """Times an epoch of one run of each group alone."""
-        one_by_one = starts = 0.0
+    def _speed(self, together: float) -> Speed | None:
+        """Times one run of each group alone, unless that takes long."""
+        kinds = {(result.method, result.epochs): result for result in self._comparison.results}
+        alone = sum(kind.milliseconds_per_step * kind.steps / 1000 for kind in kinds.values())
+        if alone > SECONDS_TO_TIME_RUNS_ALONE:
+            return None
+        by_training = steps_alone = 0.0
         for group in self._groups:
-            begun = time.perf_counter()
-            alone = Replicas(Experiment(group[0], self._dataset), 1, at_once=False)
-            compiled = time.perf_counter() - begun
-            one_by_one += len(group) * (group[0].epochs or 0) * capacity.seconds_per_epoch(alone)
-            starts += len(group) * compiled
-        runs = sum(map(len, self._groups))
-        return Speed(runs, together, one_by_one, one_by_one + starts)
+            program = Replicas(Experiment(group[0], self._dataset), 1, at_once=False)
+            epochs = len(group) * (group[0].epochs or 0)
+            steps_alone += epochs * capacity.seconds_per_epoch(program)
+            by_training += len(group) * _seconds_of_training(group[0])
+        return Speed(sum(map(len, self._groups)), together, by_training, steps_alone)
+
+
+def _seconds_of_training(run: Config) -> float:
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence:
+        begun = time.perf_counter()
+        with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
+            train.train(dataclasses.replace(run, output=Path(folder) / "run"))
+        return time.perf_counter() - begun
 
 
 def _program_of(run: Config) -> tuple:
