@@ -2,7 +2,7 @@
 
 import io
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -43,49 +43,28 @@ def against(
     with matplotlib.rc_context(_SETTINGS):
         figure = matplotlib.figure.Figure(figsize=_SIZE, layout="constrained")
         axes = figure.subplots()
-        for (label, known), style in zip(methods.items(), itertools.cycle(_STYLES), strict=False):
-            colour, marker, dash = style
+        values = {c.values[name] for known in methods.values() for c in known if name in c.values}
+        if min(values) > 0:
+            axes.set_xscale("log")
+            axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)])
+            axes.minorticks_off()
+        for number, (label, style) in enumerate(_styles(methods).items()):
             best = chosen[label]
             if best is None:
                 continue
             if name not in best.values:
-                _level(axes, label, best.validation, colour, dash)
+                _level(axes, label, best.validation, style)
                 continue
             # Other hyperparameters are those that were chosen.
             rest = {key: value for key, value in best.values.items() if key != name}
-            line = [c for c in known if not c.diverged and rest.items() <= c.values.items()]
-            x = [candidate.values[name] for candidate in line]
-            means = [candidate.validation for candidate in line]
-            y = [100 * mean.mean for mean in means]
-            errors = [
-                [100 * (m.mean - m.low) for m in means],
-                [100 * (m.high - m.mean) for m in means],
+            line = [
+                c for c in methods[label] if not c.diverged and rest.items() <= c.values.items()
             ]
-            axes.errorbar(
-                x,
-                y,
-                yerr=np.nan_to_num(errors),
-                label=label,
-                color=colour,
-                marker=marker,
-                linestyle=dash,
-                capsize=3,
-            )
-            axes.plot(
-                best.values[name],
-                100 * best.validation.mean,
-                "o",
-                markersize=14,
-                markerfacecolor="none",
-                markeredgecolor=colour,
-            )
-        values = [c.values[name] for known in methods.values() for c in known if name in c.values]
-        if min(values) > 0 and max(values) > 2 * min(values):
-            axes.set_xscale("log")
-            axes.set_xticks(sorted(set(values)), [f"{value:g}" for value in sorted(set(values))])
-            axes.minorticks_off()
+            # A little aside, so that intervals do not hide each other.
+            aside = 1 + 0.02 * (number - len(methods) / 2) if min(values) > 0 else 1.0
+            _line(axes, label, name, line, best, aside, style)
         axes.set(xlabel=name, ylabel="validation accuracy (%)")
-        axes.legend(fontsize=9)
+        axes.legend(fontsize=8, ncols=2)
         return _svg(figure)
 
 
@@ -94,7 +73,8 @@ def curves(chosen: Mapping[str, Candidate | None]) -> str:
     with matplotlib.rc_context(_SETTINGS):
         figure = matplotlib.figure.Figure(figsize=(10, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for (label, best), style in zip(chosen.items(), itertools.cycle(_STYLES), strict=False):
+        for label, style in _styles(chosen).items():
+            best = chosen[label]
             if best is None:
                 continue
             for axes, column, scale in (
@@ -108,7 +88,44 @@ def curves(chosen: Mapping[str, Candidate | None]) -> str:
         return _svg(figure)
 
 
-def _level(axes: Any, label: str, value: Estimate, colour: str, dash: Any) -> None:
+def _styles(labels: Iterable[str]) -> dict[str, Any]:
+    """Each label's style, the same in all plots of the same labels."""
+    return dict(zip(sorted(labels), itertools.cycle(_STYLES), strict=False))
+
+
+def _line(
+    axes: Any,
+    label: str,
+    name: str,
+    line: Sequence[Candidate],
+    best: Candidate,
+    aside: float,
+    style: Any,
+) -> None:
+    colour, marker, dash = style
+    means = 100 * np.asarray([candidate.validation[:4] for candidate in line])
+    axes.errorbar(
+        [aside * candidate.values[name] for candidate in line],
+        means[:, 0],
+        yerr=np.nan_to_num([means[:, 0] - means[:, 2], means[:, 3] - means[:, 0]]),
+        label=label,
+        color=colour,
+        marker=marker,
+        linestyle=dash,
+        capsize=3,
+    )
+    axes.plot(
+        aside * best.values[name],
+        100 * best.validation.mean,
+        "o",
+        markersize=14,
+        markerfacecolor="none",
+        markeredgecolor=colour,
+    )
+
+
+def _level(axes: Any, label: str, value: Estimate, style: Any) -> None:
+    colour, _, dash = style
     axes.axhline(100 * value.mean, label=label, color=colour, linestyle=dash)
     axes.axhspan(100 * value.low, 100 * value.high, color=colour, alpha=0.1, linewidth=0)
 
@@ -116,11 +133,9 @@ def _level(axes: Any, label: str, value: Estimate, colour: str, dash: Any) -> No
 def _course(axes: Any, label: str, best: Candidate, column: str, scale: float, style: Any) -> None:
     colour, marker, dash = style
     rows = [[row[column] for row in result.curve] for result in best.results]
-    points = [estimate(list(values)) for values in np.asarray(rows).T]
+    points = scale * np.asarray([estimate(values)[:4] for values in np.asarray(rows).T.tolist()])
     epochs = np.arange(1, len(points) + 1)
-    mean, low, high = (
-        scale * np.asarray(x) for x in zip(*(p[:1] + p[2:4] for p in points), strict=True)
-    )
+    mean, _, low, high = points.T
     axes.plot(
         epochs,
         mean,

@@ -51,15 +51,13 @@ def _section(
     names = {label_of(row, rows): row for row in rows}
     chosen = {label: row.best for label, row in names.items()}
     parts = [f"## {task_in_words(comparison.task)}", _in_short(rows, baseline), _table(rows)]
-    swept = sorted(
-        {
-            name
-            for row in rows
-            for name in row.candidates[0].values
-            if len({candidate.values.get(name) for candidate in row.candidates}) > 1
-        }
-    )
+    swept = sorted({name for row in rows for name in row.swept})
     for name in swept:
+        if edge := [label for label, row in names.items() if row.at_the_edge(name)]:
+            parts.append(
+                f"The {name} chosen for {', '.join(edge)} is the smallest or largest that was "
+                "tried: another may do better."
+            )
         file = f"{number}-{name.replace('_', '-')}.svg"
         images[file] = plots.against(
             name, {label: row.candidates for label, row in names.items()}, chosen
@@ -69,10 +67,11 @@ def _section(
             f"Validation accuracy against {name}: mean and 95 % interval; a ring is around what "
             "was chosen."
         )
-    file = f"{number}-curves.svg"
-    images[file] = plots.curves(chosen)
-    parts.append(f"![Learning curves]({file})")
-    parts.append("Learning curves of what was chosen: mean and 95 % band over seeds.")
+    if all(result.curve for result in comparison.results):
+        file = f"{number}-curves.svg"
+        images[file] = plots.curves(chosen)
+        parts.append(f"![Learning curves]({file})")
+        parts.append("Learning curves of what was chosen: mean and 95 % band over seeds.")
     for label, row in names.items():
         for candidate in row.candidates:
             if candidate.diverged:
@@ -141,12 +140,11 @@ def _table(rows: list[Row]) -> str:
 
 def _values(values: dict[str, float], row: Row, *, all_of_them: bool = False) -> str:
     """Those that were swept, and rho always."""
-    swept = {
-        name
-        for name in values
-        if len({candidate.values.get(name) for candidate in row.candidates}) > 1
-    } | {"rho"}
-    shown = [f"{name} {value:g}" for name, value in values.items() if name in swept or all_of_them]
+    shown = [
+        f"{name} {value:g}"
+        for name, value in values.items()
+        if name in {"rho", *row.swept} or all_of_them
+    ]
     return ", ".join(shown)
 
 
@@ -230,9 +228,9 @@ _PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: auto; padding: 1rem; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 90rem; margin: auto; padding: 1rem; }}
 table {{ border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }}
-th, td {{ border-bottom: 1px solid #bbb; padding: 0.3rem 0.7rem; text-align: left; }}
+th, td {{ border-bottom: 1px solid #bbb; padding: 0.3rem 0.6rem; white-space: nowrap; }}
 tr:first-child td {{ background: #eee; }}
 img {{ max-width: 100%; }}
 pre {{ background: #eee; padding: 0.7rem; white-space: pre-wrap; }}

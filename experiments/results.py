@@ -151,7 +151,9 @@ def merged(comparisons: Iterable[Comparison]) -> list[Comparison]:
 def _read_comparison(folder: Path) -> Comparison:
     about = json.loads((folder / "comparison.json").read_text())
     curves: dict[str, list[dict[str, float]]] = {}
-    for row in files.read_csv(folder / "curves.csv"):
+    # The largest file, which a copy of results may lack.
+    path = folder / "curves.csv"
+    for row in files.read_csv(path) if path.exists() else []:
         curves.setdefault(row["run"], []).append(_point(row))
     results = [
         _result(row, curves.get(row["run"], [])) for row in files.read_csv(folder / "runs.csv")

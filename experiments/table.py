@@ -40,6 +40,19 @@ class Row:
         """Any of its runs."""
         return self.candidates[0].results[0]
 
+    @property
+    def swept(self) -> list[str]:
+        """The hyperparameters of which several values were tried."""
+        tried = [candidate.values for candidate in self.candidates]
+        return [name for name in tried[0] if len({values.get(name) for values in tried}) > 1]
+
+    def at_the_edge(self, name: str) -> bool:
+        """Whether what was chosen is the smallest or the largest of several values tried."""
+        if self.best is None or name not in self.swept:
+            return False
+        tried = [candidate.values[name] for candidate in self.candidates]
+        return self.best.values[name] in (min(tried), max(tried))
+
 
 def rows_of(comparison: Comparison, baseline: str) -> list[Row]:
     """The table, the best first.

@@ -1,6 +1,7 @@
 """The same losses on one, two and eight devices, in each of three ways."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -52,6 +53,11 @@ def check(options, **places):
     return launch.compiled.as_text()
 
 
+def few(method):
+    """What makes it cheap to compile."""
+    return {"sparse": {"update_every": 2}, "tilted": {"num_samples": 2}}.get(method[:6], {})
+
+
 def all_reduces(program):
     return len(re.findall(r" all-reduce(?:-start)?\(", program))
 
@@ -59,15 +65,18 @@ def all_reduces(program):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("method", methods.DEFAULTS)
 def test_eight_devices(method, way):
-    # What is cheap to compile.
-    few = {"sparse": {"update_every": 2}, "tilted": {"num_samples": 2}}.get(method[:6], {})
-    check({"method": method, **few}, devices=8, parallelism=way)
+    check({"method": method, **few(method)}, devices=8, parallelism=way)
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("method", ["bisam-log", "sampa"])
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [
+        *zip(methods.DEFAULTS, itertools.cycle(WAYS), strict=False),
+        *itertools.product(["bisam-tanh"], WAYS),
+    ],
+)
 def test_two_devices(method, way):
-    check({"method": method}, devices=2, parallelism=way)
+    check({"method": method, **few(method)}, devices=2, parallelism=way)
 
 
 @pytest.mark.parametrize("way", ["jit", "shard_map"])
