@@ -38,6 +38,38 @@ class ArgumentError(ValueError):
     """An argument that cannot be used; the message names it as the command line does."""
 
 
+Model = Literal[
+    "mlp",
+    "cnn",
+    "resnet8",
+    "resnet20",
+    "resnet32",
+    "resnet56",
+    "wrn16_8",
+    "wrn28_2",
+    "wrn28_10",
+    "densenet121",
+    "vgg19_bn",
+    "resnet18",
+    "resnet50",
+    "vit_tiny",
+    "vit_small",
+]
+Method = Literal[
+    "sgd",
+    "sam",
+    "asam",
+    "bisam-log",
+    "bisam-tanh",
+    "gsam",
+    "bilateral",
+    "tilted",
+    "sparse-fisher",
+    "sparse-dynamic",
+    "efficient",
+    "sampa",
+    "friendly",
+]
 Number = TypeVar("Number")
 Count = TypeVar("Count")
 
@@ -54,26 +86,7 @@ class Task:
     """Train on so many examples alone (default: all but the validation part)."""
     image_size: int | None = None
     """Height and width for images that are streamed (default 224, where sizes vary)."""
-    model: (
-        Literal[
-            "mlp",
-            "cnn",
-            "resnet8",
-            "resnet20",
-            "resnet32",
-            "resnet56",
-            "wrn16_8",
-            "wrn28_2",
-            "wrn28_10",
-            "densenet121",
-            "vgg19_bn",
-            "resnet18",
-            "resnet50",
-            "vit_tiny",
-            "vit_small",
-        ]
-        | None
-    ) = None
+    model: Model | None = None
     """The network (default mlp for digits, else resnet20); mlp, cnn and resnet8 are small."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the model's arithmetic; parameters and statistics are always float32."""
@@ -162,21 +175,7 @@ HYPERPARAMETERS = tuple(field.name for field in dataclasses.fields(Hyperparamete
 class Config(Hyperparameters[float, int], Task):
     """What one run depends on. None is the default of the method, base optimizer or data set."""
 
-    method: Literal[
-        "sgd",
-        "sam",
-        "asam",
-        "bisam-log",
-        "bisam-tanh",
-        "gsam",
-        "bilateral",
-        "tilted",
-        "sparse-fisher",
-        "sparse-dynamic",
-        "efficient",
-        "sampa",
-        "friendly",
-    ] = "bisam-log"
+    method: Method = "bisam-log"
     """What is done with the second gradient; sgd has none (with either base optimizer)."""
     perturbation: Literal["ce", "log", "tanh"] | None = None
     """The loss that is ascended: cross-entropy, or BiSAM's (default ce; bisam-*: as it says)."""
