@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 
 from experiments import benchmark_loop, capacity, command_line
-from experiments.config import Config, Method, Model
+from experiments.config import ArgumentError, Config, Method, Model
 from experiments.experiment import Experiment
 from experiments.replicas import Replicas
 
@@ -58,7 +58,10 @@ def milliseconds(arguments: Arguments) -> dict[str, float]:
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
     arguments = command_line.parse(Arguments, __doc__ or "", args)
-    times = milliseconds(arguments)
+    try:
+        times = milliseconds(arguments)
+    except ArgumentError as error:
+        command_line.fail(str(error))
     print(f"{arguments.model}, {arguments.method}, batch {arguments.batch_size}: ms a run's step")
     for name, value in times.items():
         print(f"{name:32}{value:10.3f}{times['alone'] / value:8.2f}x")
