@@ -62,8 +62,14 @@ def _together(experiment: Experiment, runs: int, limit: int | None) -> Replicas:
     return _fitting(experiment, -(-runs // parts), limit, True)
 
 
-def _fitting(experiment: Experiment, count: int, limit: int | None, at_once: bool) -> Replicas:
-    devices = jax.local_devices()[:count]
+def _fitting(
+    experiment: Experiment,
+    count: int,
+    limit: int | None,
+    at_once: bool,
+    most_devices: int | None = None,
+) -> Replicas:
+    devices = jax.local_devices()[: min(count, most_devices or count)]
     rounded = -(-count // len(devices)) * len(devices)
     if limit is not None and rounded > limit:
         rounded -= len(devices)
@@ -76,6 +82,9 @@ def _fitting(experiment: Experiment, count: int, limit: int | None, at_once: boo
     takes = f"about {made.bytes / 2**30:.2f} GiB on each of {len(devices)} devices"
     there = f"{free / 2**30:.2f} GiB are there"
     fit = int(rounded * free / made.bytes) // len(devices) * len(devices)
+    if fit == 0 and len(devices) > 1:
+        fewer = len(devices) // 2
+        return _fitting(experiment, count if at_once else fewer, limit, at_once, fewer)
     if fit == 0:
         raise ArgumentError(
             f"--batch-size {experiment.batch_size} is too large: {rounded} runs at once take "

@@ -30,7 +30,7 @@ import optax
 import tyro
 
 import bisam_jax
-from experiments import command_line, data, report, results, runs
+from experiments import command_line, data, files, report, results, runs
 from experiments.checkpoints import CheckpointError
 from experiments.config import ArgumentError
 from experiments.interruption import Interruption
@@ -49,7 +49,7 @@ class Arguments(Sweep):
     """Train at most so many runs at once (default: as many as is fast and fits in memory)."""
     output: Path | None = None
     """The folder to write to (default: a new one in runs/); one that was stopped goes on."""
-    from_: Annotated[tuple[Path, ...], tyro.conf.arg(name="from")] = ()
+    from_: Annotated[tuple[Path, ...] | None, tyro.conf.arg(name="from")] = None
     """Train nothing: report the results in these folders."""
 
     def __post_init__(self) -> None:
@@ -60,7 +60,7 @@ class Arguments(Sweep):
                 f"--replicas-at-once must be at least 1, got {self.replicas_at_once}"
             )
         trained = [label_of(*method_of(name)) for name in self.methods]
-        if not self.from_ and self.baseline not in (None, *trained):
+        if self.from_ is None and self.baseline not in (None, *trained):
             raise ArgumentError(
                 f"--baseline must be one of {', '.join(trained)}, got {self.baseline}"
             )
@@ -78,64 +78,81 @@ def compare(arguments: Arguments) -> Path:
     folder = arguments.output or runs.new_folder(
         "comparison" if arguments.from_ else f"{arguments.dataset.replace('/', '-')}-comparison"
     )
-    if arguments.from_:
-        _check_alone(arguments)
-        comparisons = results.merged(map(results.read, arguments.from_))
-        try:
-            runs.check_new(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ArgumentError(f"--output must be a new folder: {error}") from error
-    else:
-        comparisons = [_trained(arguments, folder)]
-    report.write(folder, comparisons, _baseline(arguments, comparisons))
+    if arguments.from_ is None:
+        comparison = _trained(arguments, folder)
+        report.write(folder, report.tables_of([comparison], arguments.baseline))
+        return folder
+    _check_alone(arguments)
+    comparisons = results.merged(map(results.read, arguments.from_))
+    tables = report.tables_of(comparisons, arguments.baseline)
+    try:
+        runs.check_new(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"--output must be a new folder: {error}") from error
+    for number, comparison in enumerate(comparisons, 1):
+        results.write(folder, comparison, prefix=f"{number}-")
+    report.write(folder, tables)
     return folder
 
 
 def _trained(arguments: Arguments, folder: Path) -> Comparison:
     grid = arguments.configs()
-    task = results.task_of(grid[0])
+    # Of plain training alone, groups have no meaning.
+    task = results.task_of(grid[0]) | {"group_size": arguments.group_size}
     examples = examples_of(grid)  # before anything is written
-    with _opened(folder, _as_json(arguments), task) as comparison, Interruption() as interruption:
+    about = {"task": task, "grid": _as_json(arguments), "runs": len(grid), **_about()}
+    comparison = _opened(folder, about)
+    with _locked(folder), Interruption() as interruption:
         limit = arguments.replicas_at_once
         speed = SweepRun(grid, examples, comparison, folder, limit, interruption).train()
-        if speed is not None:
-            comparison.origins[0]["speed"] = speed._asdict()
-            print(report.speed_in_words(comparison.origins[0]["speed"]))
-            _write_about(folder, comparison.origins[0])
+    if speed is not None:
+        (about,) = comparison.origins
+        about["speed"] = speed._asdict()
+        print(report.speed_in_words(about["speed"]))
+        _write_about(folder, about)
     return comparison
 
 
-@contextlib.contextmanager
-def _opened(folder: Path, grid: dict[str, Any], task: dict[str, Any]) -> Iterator[Comparison]:
-    """What is in a folder of this grid, or a new one; no other process can have it."""
-    path = folder / "comparison.json"
+def _opened(folder: Path, about: dict[str, Any]) -> Comparison:
+    """What is in a folder of this grid, or a new one."""
     try:
-        if path.exists():
-            comparison = results.read(folder)
-            there = comparison.origins[0]["grid"]
-            if odd := [name for name in grid if there.get(name) != grid[name]]:
+        if results.there_are_any(folder):
+            there, grid = json.loads((folder / "comparison.json").read_text()), about["grid"]
+            if odd := [name for name in grid if _value(there["grid"], name) != grid[name]]:
                 raise ArgumentError(
                     f"--output {folder} has another comparison: its --{odd[0].replace('_', '-')} "
-                    f"is {there.get(odd[0])}, not {grid[odd[0]]}"
+                    f"is {_value(there['grid'], odd[0])}, not {grid[odd[0]]}"
                 )
-        else:
+            return results.read(folder)
+        if not (folder / "comparison.json").exists():
             runs.check_new(folder)
-            folder.mkdir(parents=True, exist_ok=True)
-            about = {"task": task, "grid": grid, **_about()}
-            comparison = Comparison(task, [], [about])
-            results.write(folder, comparison)
-            _write_about(folder, about)
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield comparison
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_about(folder, about)
+    except (OSError, KeyError) as error:
+        raise ArgumentError(f"--output must be a folder to write to: {error}") from error
+    return Comparison(about["task"], [], [about])
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keeps other processes from writing to the folder; ends with this process at the latest."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     except BlockingIOError as error:
         raise ArgumentError(f"--output {folder} is in use by another process") from error
-    except OSError as error:
-        raise ArgumentError(f"--output must be a folder to write to: {error}") from error
+    finally:
+        os.close(descriptor)
 
 
-def _as_json(arguments: Arguments) -> dict[str, Any]:
+def _value(grid: dict[str, Any], name: str) -> Any:
+    """Of an option, which an older version may not have had."""
+    return grid.get(name, _as_json(Sweep()).get(name))
+
+
+def _as_json(arguments: Sweep) -> dict[str, Any]:
     """What makes two comparisons the same; not where its data are or how it is computed."""
     names = {field.name for field in dataclasses.fields(Sweep)} - {"data_dir", "workers"}
     # Through JSON, as what is read is: tuples are lists there.
@@ -143,8 +160,7 @@ def _as_json(arguments: Arguments) -> dict[str, Any]:
 
 
 def _write_about(folder: Path, about: dict[str, Any]) -> None:
-    # In place: the file is locked.
-    (folder / "comparison.json").write_text(json.dumps(about, indent=2) + "\n")
+    files.write(folder / "comparison.json", json.dumps(about, indent=2) + "\n")
 
 
 def _about() -> dict[str, Any]:
@@ -162,9 +178,16 @@ def _about() -> dict[str, Any]:
             "device": jax.devices()[0].device_kind,
             "devices": jax.local_device_count(),
             "processor": _processor(),
-            "cores": os.cpu_count(),
+            "cores": _cores(),
         },
     }
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _processor() -> str:
@@ -175,14 +198,9 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _baseline(arguments: Arguments, comparisons: Sequence[Comparison]) -> str:
-    if arguments.baseline is not None:
-        return arguments.baseline
-    there = [result.method for comparison in comparisons for result in comparison.results]
-    return "sgd" if "sgd" in there else there[0]
-
-
 def _check_alone(arguments: Arguments) -> None:
+    if not arguments.from_:
+        raise ArgumentError("--from must name at least one folder")
     given = [
         field.name
         for field in dataclasses.fields(Arguments)
@@ -203,7 +221,7 @@ def main(args: Sequence[str] | None = None) -> None:
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not given and getattr(jax.config, "jax_num_cpu_devices", -1) < 1:
         with contextlib.suppress(RuntimeError):  # JAX runs already
-            jax.config.update("jax_num_cpu_devices", os.cpu_count())
+            jax.config.update("jax_num_cpu_devices", _cores())
     arguments = command_line.parse(Arguments, __doc__ or "", args)
     try:
         folder = compare(arguments)

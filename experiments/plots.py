@@ -12,14 +12,9 @@ import numpy as np
 from experiments.significance import Candidate, Estimate, estimate
 
 # Colours of different lightness, and with each a marker and a dash of its own.
-_STYLES = tuple(
-    zip(
-        ("#000000", "#d55e00", "#0072b2", "#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#666666"),
-        ("o", "s", "^", "D", "v", "P", "X", "*"),
-        ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1)), (0, (8, 3))),
-        strict=True,
-    )
-)
+_COLOURS = ("#000000", "#d55e00", "#0072b2", "#e69f00", "#56b4e9", "#009e73", "#cc79a7")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1)))
 _SIZE = (7.0, 3.6)
 # The same numbers make the same file.
 _SETTINGS: Any = {
@@ -90,7 +85,9 @@ def curves(chosen: Mapping[str, Candidate | None]) -> str:
 
 def _styles(labels: Iterable[str]) -> dict[str, Any]:
     """Each label's style, the same in all plots of the same labels."""
-    return dict(zip(sorted(labels), itertools.cycle(_STYLES), strict=False))
+    # The numbers of them have no common factor, so that many labels have styles of their own.
+    styles = zip(*map(itertools.cycle, (_COLOURS, _MARKERS, _DASHES)), strict=True)
+    return dict(zip(sorted(labels), styles, strict=False))
 
 
 def _line(

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments import data, evaluation, launches, memory
 from experiments.config import HYPERPARAMETERS, Config
-from experiments.experiment import EVALUATION_BATCH_SIZE, Experiment
+from experiments.experiment import Experiment
 from experiments.training import TrainState
 
 # These change the program itself: how many samples, how many weights or examples.
@@ -253,10 +253,12 @@ class Replicas:
         self, sums: Callable, params: Any, stats: Any, split: data.Split
     ) -> tuple[np.ndarray, np.ndarray]:
         """Accuracies and losses on a split, float64[replicas]."""
-        examples = len(split.images)
+        examples, config = len(split.images), self._experiment.config
+        # No more at once than in training, which takes more memory for each.
+        size = config.microbatch_size or self._experiment.batch_size
         totals = [
             sums(params, stats, split.images[part], split.labels[..., part], counted)
-            for part, counted in evaluation.windows(examples, EVALUATION_BATCH_SIZE)
+            for part, counted in evaluation.windows(examples, size)
         ]
         means = np.sum([np.asarray(total, np.float64) for total in totals], axis=0) / examples
         return means[:, 0], means[:, 1]

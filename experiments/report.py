@@ -1,34 +1,48 @@
 """The report of a comparison: Markdown, and from it one HTML file that holds everything."""
 
 import base64
+import dataclasses
 import html
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from markdown_it import MarkdownIt
 
 from experiments import files, plots
+from experiments.config import Config
 from experiments.results import Comparison
 from experiments.significance import EXACT_SEEDS, LEVEL, Difference, Estimate
-from experiments.table import PLAIN, Row, label_of, rows_of
+from experiments.table import PLAIN, Row, baseline_of, label_of, rows_of
 
 
-def write(folder: Path, comparisons: Sequence[Comparison], baseline: str) -> None:
+class Table(NamedTuple):
+    """A comparison, the method that others are compared with, and the rows."""
+
+    comparison: Comparison
+    baseline: str
+    rows: list[Row]
+
+
+def tables_of(comparisons: Sequence[Comparison], baseline: str | None) -> list[Table]:
+    """Each comparison with the name of its baseline and its rows; see :func:`rows_of`."""
+    return [
+        Table(comparison, baseline or baseline_of(comparison), rows_of(comparison, baseline))
+        for comparison in comparisons
+    ]
+
+
+def write(folder: Path, tables: Sequence[Table]) -> None:
     """Writes report.md, report.html, summary.csv and the plots.
 
     Args:
         folder: an existing one.
-        comparisons: of several tasks.
-        baseline: see :func:`rows_of`.
+        tables: of several tasks.
     """
-    tables = [(comparison, rows_of(comparison, baseline)) for comparison in comparisons]
+    comparisons = [table.comparison for table in tables]
     images: dict[str, str] = {}
-    parts = [
-        _section(comparison, rows, baseline, number, images)
-        for number, (comparison, rows) in enumerate(tables, 1)
-    ]
+    parts = [_section(table, number, images) for number, table in enumerate(tables, 1)]
     text = "\n\n".join(["# " + _title(comparisons), *parts, _METHOD, _origins(comparisons)]) + "\n"
     for name, image in images.items():
         files.write(folder / name, image)
@@ -39,15 +53,30 @@ def write(folder: Path, comparisons: Sequence[Comparison], baseline: str) -> Non
 
 def task_in_words(task: dict[str, Any]) -> str:
     """What was learnt."""
+    return f"{setting_in_words(task)}, {labels_in_words(task)}"
+
+
+def labels_in_words(task: dict[str, Any]) -> str:
+    """How many labels are wrong."""
     noise = task["label_noise"]
-    labels = f"{100 * noise:g} % wrong labels" if noise else "clean labels"
-    examples = f", {task['train_examples']} examples" if task["train_examples"] else ""
-    return f"{task['dataset']}{examples}, {labels}, {task['model']}, batch {task['batch_size']}"
+    return f"{100 * noise:g} % wrong labels" if noise else "clean labels"
 
 
-def _section(
-    comparison: Comparison, rows: list[Row], baseline: str, number: int, images: dict[str, str]
-) -> str:
+def setting_in_words(task: dict[str, Any]) -> str:
+    """All of a task but its labels: what is not as usual for the data set is named."""
+    usual = dataclasses.asdict(Config(dataset=task["dataset"]).resolved())
+    parts = [task["dataset"], task["model"], f"batch {task['batch_size']}"]
+    if task["train_examples"]:
+        parts.insert(1, f"{task['train_examples']:,} examples")
+    shown = ("dataset", "model", "batch_size", "train_examples", "label_noise")
+    for name in set(task) - set(shown):
+        if task[name] != usual[name]:
+            parts.append(f"{name.replace('_', ' ')} {task[name]}")
+    return ", ".join([*parts[:3], *sorted(parts[3:])])
+
+
+def _section(table: Table, number: int, images: dict[str, str]) -> str:
+    comparison, baseline, rows = table
     names = {label_of(row, rows): row for row in rows}
     chosen = {label: row.best for label, row in names.items()}
     parts = [f"## {task_in_words(comparison.task)}", _in_short(rows, baseline), _table(rows)]
@@ -120,16 +149,19 @@ def _in_short(rows: list[Row], baseline: str) -> str:
 
 def _table(rows: list[Row]) -> str:
     lines = [
-        "| method | chosen | epochs | gradients | ms a step | validation % | test % | "
+        "| method | chosen | seeds | epochs | gradients | ms a step | validation % | test % | "
         "same epochs | same gradients |",
-        "| --- | --- | ---: | ---: | ---: | --- | --- | --- | --- |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- | --- | --- | --- |",
     ]
     for row in rows:
-        steps = [r.milliseconds_per_step for c in row.candidates for r in c.results]
+        best = row.best or row.candidates[0]
+        times = [result.milliseconds_per_step for result in best.results]
+        at_once = " to ".join(map(str, sorted({r.runs_at_once for r in best.results})))
         lines.append(
             f"| {row.method} | {_values(row.best.values, row) if row.best else 'diverged'} | "
-            f"{row.epochs} | {row.first.gradients * row.first.steps:,} | "
-            f"{sum(steps) / len(steps):.3g} | "
+            f"{len(best.results)} | {row.epochs} | "
+            f"{row.reported.gradients * row.reported.steps:,} | "
+            f"{sum(times) / len(times):.3g} ({at_once}) | "
             f"{_estimate(row.best.validation) if row.best else ''} | "
             f"{_estimate(row.test) if row.test else ''} | "
             f"{_compared(row.same_epochs, row.p_values[0])} | "
@@ -180,9 +212,15 @@ _METHOD = f"""## How to read it
 * *p* is of a paired permutation test, exact for up to {EXACT_SEEDS} seeds, two-sided, after Holm's
   correction for all comparisons of a table. **Bold** is significant at
   {100 * (1 - LEVEL):.0f} %. The intervals are not corrected.
+* The hyperparameters are chosen by validation accuracies of the same runs whose test accuracies
+  are compared. Runs that were lucky in both make the best of many values look a little better
+  than it is, and p-values a little too small; sgd has one value here and no such luck. To
+  confirm a difference, compare the chosen values alone from other seeds (--first-seed).
+* The seeds do not vary the split: intervals and p-values are about this test split. Of several
+  tables each is corrected for itself.
 * *gradients* are those of a batch in a run; *ms a step* is a run's share of the time of those
-  trained at once, evaluation included.
-* runs.csv has every run, curves.csv every epoch, summary.csv this table."""
+  trained at once (how many), evaluation included but for runs of experiments.train.
+* summary.csv has this table, runs.csv every run, curves.csv every epoch."""
 
 
 def _origins(comparisons: Sequence[Comparison]) -> str:
@@ -192,6 +230,8 @@ def _origins(comparisons: Sequence[Comparison]) -> str:
         versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
         hardware = ", ".join(f"{name}: {value}" for name, value in about["hardware"].items())
         lines.append(f"{versions}. {hardware}.")
+        if (runs := about.get("runs", 0)) > about.get("finished", runs):
+            lines.append(f"Not complete: {about['finished']} of {runs} runs.")
         if about.get("speed"):
             lines.append(speed_in_words(about["speed"]))
     return "\n\n".join(lines)
@@ -239,9 +279,9 @@ pre {{ background: #eee; padding: 0.7rem; white-space: pre-wrap; }}
 """
 
 
-def _write_summary(path: Path, tables: Sequence[tuple[Comparison, list[Row]]]) -> None:
+def _write_summary(path: Path, tables: Sequence[Table]) -> None:
     lines = []
-    for comparison, rows in tables:
+    for comparison, _, rows in tables:
         for row in rows:
             best, test = row.best, row.test
             line = {

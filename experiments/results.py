@@ -98,16 +98,16 @@ def key_of(config: Config) -> tuple:
     return (label, config.epochs, tuple(sorted(values_of(config).items())), config.seed)
 
 
-def write(folder: Path, comparison: Comparison) -> None:
-    """Writes runs.csv and curves.csv, each of them whole or not at all."""
+def write(folder: Path, comparison: Comparison, prefix: str = "") -> None:
+    """Writes runs.csv and curves.csv, each of them whole or not at all, under a prefix."""
     lines, points = [], []
     for number, result in enumerate(comparison.results):
         columns = {name: getattr(result, name) for name in _COLUMNS}
         lines.append({"run": number, **columns, **result.values})
         points += [{"run": number, **row} for row in result.curve]
     # The runs last: a curve without a run is not read.
-    files.write_csv(folder / "curves.csv", ("run", *_CURVE), points)
-    files.write_csv(folder / "runs.csv", ("run", *_COLUMNS, *HYPERPARAMETERS), lines)
+    files.write_csv(folder / f"{prefix}curves.csv", ("run", *_CURVE), points)
+    files.write_csv(folder / f"{prefix}runs.csv", ("run", *_COLUMNS, *HYPERPARAMETERS), lines)
 
 
 def read(folder: Path) -> Comparison:
@@ -122,6 +122,12 @@ def read(folder: Path) -> Comparison:
         return _read_run(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArgumentError(f"{folder} cannot be read as results: {error}") from error
+
+
+def there_are_any(folder: Path) -> bool:
+    """Whether a comparison in this folder has a result."""
+    path = folder / "runs.csv"
+    return path.exists() and bool(files.read_csv(path))
 
 
 def merged(comparisons: Iterable[Comparison]) -> list[Comparison]:
@@ -158,7 +164,9 @@ def _read_comparison(folder: Path) -> Comparison:
     results = [
         _result(row, curves.get(row["run"], [])) for row in files.read_csv(folder / "runs.csv")
     ]
-    return Comparison(about["task"], results, [about])
+    if not results:
+        raise ValueError("no run has finished yet")
+    return Comparison(about["task"], results, [about | {"finished": len(results)}])
 
 
 def _point(row: dict[str, str]) -> dict[str, float]:
@@ -193,6 +201,10 @@ def _read_run(folder: Path) -> Comparison:
     summary = runs.RunFolder(folder).read_summary()
     if summary.get("status") != FINISHED:
         raise ValueError("the run is not finished")
+    values = values_of(config)
+    # The default, an epoch, has no value in a grid.
+    if values.get("update_every") == summary["steps"] // (config.epochs or 1):
+        del values["update_every"]
     rows = files.read_csv(folder / "metrics.csv")
     speeds = [float(row["examples_per_second"]) for row in rows]
     seconds = sum(1 / speed for speed in speeds) / len(speeds) * (config.batch_size or 0)
@@ -200,7 +212,7 @@ def _read_run(folder: Path) -> Comparison:
         method=label_of(config.method, config.perturbation),
         epochs=config.epochs or 0,
         seed=config.seed,
-        values=values_of(config),
+        values=values,
         gradients=gradients_of(config),
         steps=summary["steps"],
         status=FINISHED,

@@ -20,8 +20,10 @@ class Sweep(Hyperparameters[tuple[float, ...], tuple[int, ...]], Task):
     methods: tuple[str, ...] = ("sgd", "sam", "bisam-log", "bisam-tanh")
     """Those of experiments.train; METHOD+log and METHOD+tanh ascend BiSAM's losses."""
     seeds: int = 8
-    """So many runs each, with the seeds 0, 1, ...: a seed fixes initialisation, order of the
-    examples, augmentation and label noise for all methods."""
+    """So many runs each: a seed fixes initialisation, order of the examples, augmentation and
+    label noise for all methods."""
+    first_seed: int = 0
+    """The seeds are this one and those after it; others confirm what was chosen with these."""
     equal_gradients: bool = True
     """Train sgd also for as many epochs as take the gradients that each other method takes."""
 
@@ -29,6 +31,8 @@ class Sweep(Hyperparameters[tuple[float, ...], tuple[int, ...]], Task):
         """Refuses what cannot be compared, by the names of the command line."""
         if self.seeds < 1:
             raise ArgumentError(f"--seeds must be at least 1, got {self.seeds}")
+        if self.first_seed < 0:
+            raise ArgumentError(f"--first-seed must be at least 0, got {self.first_seed}")
         if not self.methods:
             raise ArgumentError("--methods must name at least one method")
         labels = [label_of(*method_of(name)) for name in self.methods]
@@ -61,7 +65,8 @@ class Sweep(Hyperparameters[tuple[float, ...], tuple[int, ...]], Task):
         swept = {known: values for known, values in swept.items() if values is not None}
         # What changes the program changes last.
         names = sorted(swept, key=lambda known: known not in STRUCTURAL)
-        grid = itertools.product(*(swept[known] for known in names), range(self.seeds))
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        grid = itertools.product(*(swept[known] for known in names), seeds)
         return [
             self._config(name, seed, dict(zip(names, values, strict=True)))
             for *values, seed in grid
@@ -75,6 +80,8 @@ class Sweep(Hyperparameters[tuple[float, ...], tuple[int, ...]], Task):
     def _config(self, name: str, seed: int, values: dict[str, Any]) -> Config:
         method, perturbation = method_of(name)
         task: dict[str, Any] = {known: getattr(self, known) for known in TASK}
+        if method == "sgd":
+            task["group_size"] = None  # nothing is perturbed
         return Config(
             **task, **values, method=method, perturbation=perturbation, seed=seed, devices=1
         ).resolved()

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import tqdm
 
@@ -24,6 +25,7 @@ from experiments.experiment import Experiment, load
 from experiments.interruption import Interruption
 from experiments.replicas import STRUCTURAL, Labels, Replicas
 from experiments.results import DIVERGED, FINISHED, Comparison, Result
+from experiments.run import NonFiniteLossError
 from experiments.sweep import gradients_of, label_of
 
 SECONDS_BETWEEN_SAVES = 60
@@ -99,6 +101,7 @@ class SweepRun:
         missing = [run for run in runs if results.key_of(run) not in done]
         self._groups = [list(group) for _, group in itertools.groupby(missing, _program_of)]
         self._dataset, self._labels = examples
+        self._restored = False
 
     def train(self) -> Speed | None:
         """Trains all; returns how fast, where runs were trained at once.
@@ -114,7 +117,7 @@ class SweepRun:
             ways = [self._train_group(group, bar) for group in self._groups]
         shutil.rmtree(self._folder / "under-way", ignore_errors=True)
         together = time.perf_counter() - begun
-        return self._speed(together) if ways and all(ways) else None
+        return self._speed(together) if ways and all(ways) and not self._restored else None
 
     def _train_group(self, group: list[Config], bar: tqdm.tqdm) -> bool:
         """Trains runs that share a program; whether several of them at once."""
@@ -127,11 +130,13 @@ class SweepRun:
         begun = time.perf_counter()
         experiment = Experiment(group[0], self._dataset)
         program = capacity.program(experiment, len(group), self._limit)
-        bar.write(
-            f"{label}, {group[0].epochs} epochs: {len(group)} runs, {program.count} at once, "
-            f"compiled in {time.perf_counter() - begun:.1f} s",
-            file=sys.stdout,
-        )
+        # Whoever looked may be gone: no reason to lose the runs.
+        with contextlib.suppress(OSError):
+            bar.write(
+                f"{label}, {group[0].epochs} epochs: {len(group)} runs, {program.count} at once, "
+                f"compiled in {time.perf_counter() - begun:.1f} s",
+                file=sys.stdout,
+            )
         for first in range(0, len(group), program.count):
             part = group[first : first + program.count]
             self._add(self._train_part(experiment, program, part, bar))
@@ -149,6 +154,7 @@ class SweepRun:
         if saved := checkpoints.steps():
             population, progress = checkpoints.restore(saved[-1], population)
             history, seconds = progress["history"], progress["seconds"]
+            self._restored = True
             bar.update(len(history) * len(part))
         saved_at = time.perf_counter()
         for number in range(len(history), part[0].epochs or 0):
@@ -177,6 +183,7 @@ class SweepRun:
 
     def _add(self, new: list[Result]) -> None:
         self._comparison.results += new
+        self._comparison.origins[0]["finished"] = len(self._comparison.results)
         results.write(self._folder, self._comparison)
 
     def _speed(self, together: float) -> Speed | None:
@@ -186,11 +193,15 @@ class SweepRun:
         if alone > SECONDS_TO_TIME_RUNS_ALONE:
             return None
         by_training = steps_alone = 0.0
+        finished = {r.key for r in self._comparison.results if r.status == FINISHED}
         for group in self._groups:
-            program = Replicas(Experiment(group[0], self._dataset), 1, at_once=False)
+            able = [run for run in group if results.key_of(run) in finished]
+            if not able:
+                return None
+            program = Replicas(Experiment(able[0], self._dataset), 1, at_once=False)
             epochs = len(group) * (group[0].epochs or 0)
             steps_alone += epochs * capacity.seconds_per_epoch(program)
-            by_training += len(group) * _seconds_of_training(group[0])
+            by_training += len(group) * _seconds_of_training(able[0])
         return Speed(sum(map(len, self._groups)), together, by_training, steps_alone)
 
 
@@ -251,9 +262,34 @@ def _trained_alone(run: Config, folder: Path) -> Result:
     name = f"{label_of(run.method, run.perturbation)}-{_name_of([run], 1)}-seed{run.seed}"
     output = folder / name
     there = (output / "config.json").exists()
-    config = dataclasses.replace(run, output=output, devices=None)
-    summary = train.train(train.load_config(output) if there else config, output if there else None)
+    # The cores of a CPU are not devices that share a batch.
+    devices = 1 if jax.default_backend() == "cpu" else None
+    config = dataclasses.replace(run, output=output, devices=devices)
+    try:
+        summary = train.train(
+            train.load_config(output) if there else config, output if there else None
+        )
+    except NonFiniteLossError:
+        return _diverged(run)
     if summary["status"] != "finished":
         raise KeyboardInterrupt
     (result,) = results.read(output).results
     return result
+
+
+def _diverged(run: Config) -> Result:
+    return Result(
+        method=label_of(run.method, run.perturbation),
+        epochs=run.epochs or 0,
+        seed=run.seed,
+        values=results.values_of(run),
+        gradients=gradients_of(run),
+        steps=0,
+        status=DIVERGED,
+        validation_accuracy=None,
+        checkpoint_epoch=None,
+        test_accuracy=None,
+        milliseconds_per_step=float("nan"),
+        runs_at_once=1,
+        curve=[],
+    )

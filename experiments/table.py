@@ -36,30 +36,37 @@ class Row:
     p_values: list[float | None] = dataclasses.field(default_factory=lambda: [None, None])
 
     @property
-    def first(self) -> Result:
-        """Any of its runs."""
-        return self.candidates[0].results[0]
+    def reported(self) -> Result:
+        """Any run of the candidate that is reported."""
+        return (self.best or self.candidates[0]).results[0]
 
     @property
     def swept(self) -> list[str]:
         """The hyperparameters of which several values were tried."""
         tried = [candidate.values for candidate in self.candidates]
-        return [name for name in tried[0] if len({values.get(name) for values in tried}) > 1]
+        names = dict.fromkeys(name for values in tried for name in values)
+        return [name for name in names if len({values.get(name) for values in tried}) > 1]
 
     def at_the_edge(self, name: str) -> bool:
         """Whether what was chosen is the smallest or the largest of several values tried."""
         if self.best is None or name not in self.swept:
             return False
-        tried = [candidate.values[name] for candidate in self.candidates]
-        return self.best.values[name] in (min(tried), max(tried))
+        tried = [c.values[name] for c in self.candidates if name in c.values]
+        return self.best.values.get(name) in (min(tried), max(tried))
 
 
-def rows_of(comparison: Comparison, baseline: str) -> list[Row]:
+def baseline_of(comparison: Comparison) -> str:
+    """Plain training if it is there, otherwise the first method."""
+    methods = [result.method for result in comparison.results]
+    return PLAIN if PLAIN in methods else methods[0]
+
+
+def rows_of(comparison: Comparison, baseline: str | None = None) -> list[Row]:
     """The table, the best first.
 
     Args:
         comparison: of one task.
-        baseline: the method that the others are compared with.
+        baseline: the method that the others are compared with; by default see :func:`baseline_of`.
 
     Raises:
         ArgumentError: if it was not trained.
@@ -67,6 +74,7 @@ def rows_of(comparison: Comparison, baseline: str) -> list[Row]:
     groups: dict[tuple[str, int], list[Result]] = {}
     for result in comparison.results:
         groups.setdefault((result.method, result.epochs), []).append(result)
+    baseline = baseline or baseline_of(comparison)
     if baseline not in (method for method, _ in groups):
         there = ", ".join(sorted({method for method, _ in groups}))
         raise ArgumentError(f"--baseline must be one of {there}, got {baseline}")
@@ -78,8 +86,8 @@ def rows_of(comparison: Comparison, baseline: str) -> list[Row]:
         rows[method, epochs] = Row(method, epochs, known, best, test)
     for row in rows.values():
         row.same_epochs = _difference(row, rows.get((baseline, row.epochs)))
-        if row.first.gradients > 1:
-            plain = rows.get((PLAIN, row.epochs * row.first.gradients))
+        if row.reported.gradients > 1:
+            plain = rows.get((PLAIN, row.epochs * row.reported.gradients))
             row.same_gradients = _difference(row, plain)
     _correct(list(rows.values()))
     order = sorted(rows.values(), key=lambda row: row.test.mean if row.test else -math.inf)

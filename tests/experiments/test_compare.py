@@ -76,7 +76,7 @@ def test_what_is_printed(finished):
 def test_the_report(finished):
     folder, _ = finished
     text = (folder / "report.md").read_text()
-    assert "digits, 96 examples, 30 % wrong labels, mlp, batch 32" in text
+    assert "## digits, 96 examples, mlp, batch 32, 30 % wrong labels" in text
     summary = rows_of(folder / "summary.csv")
     assert [row["method"] for row in summary] == re.findall(r"^\| (\S+) \|", text, re.M)[2:]
     accuracies = [float(row["test_accuracy"]) for row in summary]
@@ -219,14 +219,23 @@ def test_another_grid_is_refused(finished, capsys):
 def test_runs_of_streamed_images_are_trained_by_themselves(tmp_path, capsys):
     tiny_dataset.write(tmp_path, "varied", train=45, sizes=tiny_dataset.VARIED)
     args = ["--dataset", "varied", "--data-dir", tmp_path, "--image-size", 8, "--model", "mlp"]
-    args += ["--epochs", 1, "--batch-size", 8, "--workers", 0, "--seeds", 2, "--methods", "sgd"]
+    args += ["--epochs", 1, "--batch-size", 8, "--workers", 0, "--seeds", 1]
+    args += ["--methods", "sparse-dynamic", "--rho", 0.05, 1e30]
     folder = tmp_path / "comparison"
     status, _, err = run(capsys, *args, "--output", folder)
     assert status == 0, err
-    for row in rows_of(folder / "runs.csv"):
-        (path,) = (folder / "runs").glob(f"*-seed{row['seed']}")
-        summary = json.loads((path / "summary.json").read_text())
-        assert float(row["test_accuracy"]) == summary["test_accuracy"]
+    found = {row["rho"]: row for row in rows_of(folder / "runs.csv")}
+    assert {rho: row["status"] for rho, row in found.items()} == {
+        "0.05": "finished",
+        "1e+30": "diverged",
+    }
+    summaries = [json.loads(path.read_text()) for path in folder.glob("runs/*/summary.json")]
+    (finished,) = [summary for summary in summaries if summary["status"] == "finished"]
+    assert float(found["0.05"]["test_accuracy"]) == finished["test_accuracy"]
+    # What is there is not trained again.
+    before = (folder / "runs.csv").read_text()
+    run(capsys, *args, "--output", folder)
+    assert (folder / "runs.csv").read_text() == before
 
 
 def test_results_are_merged(finished, tmp_path, capsys):
@@ -257,6 +266,8 @@ def test_results_are_merged(finished, tmp_path, capsys):
     run(capsys, "--from", folder, "--output", again)
     for name in ("summary.csv", "1-rho.svg", "report.md"):
         assert (again / name).read_text() == (folder / name).read_text()
+    for name in ("runs.csv", "curves.csv"):
+        assert (again / f"1-{name}").read_text() == (folder / name).read_text()
 
 
 @pytest.mark.parametrize(
@@ -275,6 +286,8 @@ def test_results_are_merged(finished, tmp_path, capsys):
         (["--replicas-at-once", "0"], "--replicas-at-once must be at least 1"),
         (["--baseline", "asam"], "--baseline must be one of"),
         (["--batch-size", "5000"], "--batch-size must be at most the 1257"),
+        (["--first-seed", "-1"], "--first-seed must be at least 0"),
+        (["--from"], "--from must name at least one folder"),
         (["--from", "missing"], "missing cannot be read as results"),
         (["--from", "missing", "--rho", "0.1"], "--from takes no option but"),
     ],
@@ -306,7 +319,7 @@ def test_results_that_differ_are_not_merged(finished, tmp_path, capsys):
 
 
 def test_a_run_that_diverged_is_told_and_not_chosen(tmp_path, capsys):
-    args = ["--methods", "sam", "--rho", 0.05, 1e30, *SMALL, "--output", tmp_path / "new"]
+    args = ["--methods", "sam", "--rho", 1e30, 0.05, *SMALL, "--output", tmp_path / "new"]
     status, _, err = run(capsys, *args)
     assert status == 0, err
     rows = rows_of(tmp_path / "new" / "runs.csv")

@@ -1,0 +1,109 @@
+"""The table of a comparison, from results that are made up."""
+
+import dataclasses
+
+import pytest
+
+from experiments import report, table
+from experiments.config import ArgumentError, Config
+from experiments.results import Comparison, task_of
+from tests.experiments.test_significance import BLANK
+
+TASK = task_of(Config().resolved())
+
+
+def results_of(method, accuracy, *, epochs=10, gradients=2, spread=0.01, **values):
+    """Eight runs; validation accuracies are test accuracies."""
+    return [
+        dataclasses.replace(
+            BLANK,
+            method=method,
+            epochs=epochs,
+            gradients=gradients,
+            values=values,
+            seed=seed,
+            validation_accuracy=accuracy + spread * (seed % 3),
+            test_accuracy=accuracy + spread * (seed % 3),
+        )
+        for seed in range(8)
+    ]
+
+
+def rows(*results, baseline=None):
+    comparison = Comparison(TASK, [result for group in results for result in group], [])
+    return {(row.method, row.epochs): row for row in table.rows_of(comparison, baseline)}
+
+
+SGD = results_of("sgd", 0.5, gradients=1)
+SGD_LONGER = results_of("sgd", 0.6, epochs=20, gradients=1)
+SAM = results_of("sam", 0.7, rho=0.1)
+
+
+def test_same_epochs_and_same_gradients():
+    made = rows(SGD, SGD_LONGER, SAM)
+    assert list(made) == [("sam", 10), ("sgd", 20), ("sgd", 10)]
+    sam = made["sam", 10]
+    assert sam.same_epochs.estimate.mean == pytest.approx(0.2)
+    assert sam.same_gradients.estimate.mean == pytest.approx(0.1)
+    # 2 of 256 signs, twice for two comparisons.
+    assert sam.p_values == pytest.approx([4 / 256] * 2)
+    assert made["sgd", 10].p_values == made["sgd", 20].p_values == [None, None]
+
+
+def test_gradients_are_those_of_what_was_chosen():
+    few = results_of("tilted", 0.6, gradients=4, num_samples=2.0)
+    many = results_of("tilted", 0.8, gradients=8, num_samples=4.0)
+    longer = [
+        results_of("sgd", accuracy, epochs=epochs, gradients=1)
+        for epochs, accuracy in ((40, 0.5), (80, 0.7))
+    ]
+    row = rows(SGD, *longer, few, many)["tilted", 10]
+    assert row.same_gradients.estimate.mean == pytest.approx(0.1)
+    assert row.swept == ["num_samples"]
+
+
+def test_another_baseline():
+    made = rows(SGD, SGD_LONGER, SAM, results_of("asam", 0.75, rho=1.0), baseline="sam")
+    assert made["asam", 10].same_epochs.estimate.mean == pytest.approx(0.05)
+    assert made["sgd", 10].same_epochs.estimate.mean == pytest.approx(-0.2)
+    assert made["sgd", 20].same_epochs is None
+    with pytest.raises(ArgumentError, match="--baseline must be one of sam, sgd, got gsam"):
+        rows(SGD, SAM, baseline="gsam")
+
+
+def test_without_plain_training_the_first_method_is_the_baseline():
+    made = rows(SAM, results_of("asam", 0.75, rho=1.0))
+    assert made["asam", 10].same_epochs.estimate.mean == pytest.approx(0.05)
+    assert made["asam", 10].same_gradients is None
+
+
+def test_the_edge_of_a_grid():
+    grid = [results_of("sam", accuracy, rho=rho) for rho, accuracy in ((0.1, 0.5), (0.2, 0.6))]
+    assert rows(*grid)["sam", 10].at_the_edge("rho")
+    inside = rows(*grid, results_of("sam", 0.4, rho=0.4))["sam", 10]
+    assert not inside.at_the_edge("rho")
+    assert not rows(SAM)["sam", 10].at_the_edge("rho")
+
+
+def test_values_that_only_some_runs_have():
+    mixed = [*results_of("sam", 0.5, rho=0.1), *results_of("sam", 0.6, rho=0.1, mu=1.0)]
+    row = rows(mixed)["sam", 10]
+    assert row.swept == ["mu"]
+    assert row.at_the_edge("mu")
+
+
+def test_the_report_in_words(tmp_path):
+    comparison = Comparison(TASK | {"base": "adamw", "label_noise": 0.2}, [*SGD, *SAM], [])
+    report.write(tmp_path, report.tables_of([comparison], None))
+    text = (tmp_path / "report.md").read_text()
+    assert "## digits, mlp, batch 32, base adamw, 20 % wrong labels" in text
+    assert "Against sgd, same epochs: significantly better: sam." in text
+    assert "| sam | rho 0.1 | 8 | 10 |" in text
+
+
+def test_one_seed_has_no_interval(tmp_path):
+    comparison = Comparison(TASK, [SGD[0], SAM[0]], [])
+    report.write(tmp_path, report.tables_of([comparison], None))
+    text = (tmp_path / "report.md").read_text()
+    assert "nan" not in text
+    assert "| 70.00 | 70.00 |" in text
