@@ -173,11 +173,13 @@ class SweepRun:
                 raise KeyboardInterrupt
         checkpoints.close()
         # The first epoch compiles what is small.
-        step = statistics.median(seconds[1:] or seconds) / experiment.steps_per_epoch
+        epoch_seconds = statistics.median(seconds[1:] or seconds) / program.count
+        milliseconds = 1000 * epoch_seconds / experiment.steps_per_epoch
+        steps = experiment.total_steps
         tests = program.test(population)
         curves = np.moveaxis(np.asarray(history), -1, 0)
         return [
-            _result(run, experiment, curve, float(test), 1000 * step / program.count, program.count)
+            _result(run, steps, curve, test, milliseconds, program.count)
             for run, curve, test in zip(part, curves, tests, strict=False)
         ]
 
@@ -226,16 +228,17 @@ def _name_of(part: list[Config], count: int) -> str:
 
 def _result(
     run: Config,
-    experiment: Experiment,
+    steps: int,
     curve: np.ndarray,
     test_accuracy: float,
     milliseconds_per_step: float,
     runs_at_once: int,
 ) -> Result:
-    """Of a run's history, float64[epochs, 3]."""
+    """Of a run's history, float64[epochs, 3]; it is empty where the run ended as it diverged."""
     accuracies = curve[:, 1]
-    finished = bool(np.isfinite(curve).all())
-    best = len(accuracies) - 1 - int(np.argmax(accuracies[::-1]))  # among equals the last
+    finished = len(curve) > 0 and bool(np.isfinite(curve).all())
+    # Among equals the last.
+    best = len(accuracies) - 1 - int(np.argmax(accuracies[::-1])) if finished else -1
     names = ("loss", "validation_accuracy", "validation_loss")
     return Result(
         method=label_of(run.method, run.perturbation),
@@ -243,11 +246,11 @@ def _result(
         seed=run.seed,
         values=results.values_of(run),
         gradients=gradients_of(run),
-        steps=experiment.total_steps,
+        steps=steps,
         status=FINISHED if finished else DIVERGED,
         validation_accuracy=float(accuracies[best]) if finished else None,
         checkpoint_epoch=best + 1 if finished else None,
-        test_accuracy=test_accuracy if finished else None,
+        test_accuracy=float(test_accuracy) if finished else None,
         milliseconds_per_step=milliseconds_per_step,
         runs_at_once=runs_at_once,
         curve=[
@@ -270,26 +273,8 @@ def _trained_alone(run: Config, folder: Path) -> Result:
             train.load_config(output) if there else config, output if there else None
         )
     except NonFiniteLossError:
-        return _diverged(run)
+        return _result(run, 0, np.zeros((0, 3)), np.nan, np.nan, 1)
     if summary["status"] != "finished":
         raise KeyboardInterrupt
     (result,) = results.read(output).results
     return result
-
-
-def _diverged(run: Config) -> Result:
-    return Result(
-        method=label_of(run.method, run.perturbation),
-        epochs=run.epochs or 0,
-        seed=run.seed,
-        values=results.values_of(run),
-        gradients=gradients_of(run),
-        steps=0,
-        status=DIVERGED,
-        validation_accuracy=None,
-        checkpoint_epoch=None,
-        test_accuracy=None,
-        milliseconds_per_step=float("nan"),
-        runs_at_once=1,
-        curve=[],
-    )
