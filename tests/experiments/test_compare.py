@@ -16,7 +16,10 @@ from experiments import compare, replicas, sweep_run, train
 from experiments.config import Config
 from tests.experiments import tiny_dataset
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
+pytestmark = [
+    pytest.mark.usefixtures("quick_compilation"),
+    pytest.mark.xdist_group("compare"),  # they share a comparison
+]
 
 SMALL = ["--epochs", 2, "--train-examples", 96, "--seeds", 2, "--label-noise", 0.3]
 GRID = ["--methods", "sgd", "sam", "--rho", 0.05, 0.5, *SMALL]
@@ -31,6 +34,11 @@ def run(capsys, *args):
         status = exit_.code
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+@pytest.fixture(autouse=True)
+def no_run_is_timed_alone(monkeypatch):
+    monkeypatch.setattr(sweep_run, "SECONDS_TO_TIME_RUNS_ALONE", 0)
 
 
 def rows_of(path):
