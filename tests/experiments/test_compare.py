@@ -16,10 +16,7 @@ from experiments import compare, replicas, sweep_run, train
 from experiments.config import Config
 from tests.experiments import tiny_dataset
 
-pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
-    pytest.mark.xdist_group("compare"),  # they share a comparison
-]
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 SMALL = ["--epochs", 2, "--train-examples", 96, "--seeds", 2, "--label-noise", 0.3]
 GRID = ["--methods", "sgd", "sam", "--rho", 0.05, 0.5, *SMALL]
