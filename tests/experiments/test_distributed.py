@@ -14,7 +14,9 @@ pytestmark = pytest.mark.processes
 
 # 416 steps, a save every 50, so that a run can be stopped in the middle.
 LONG = ["--epochs", "4", "--batch-size", "12", "--checkpoint-every", "50", "--method", "friendly"]
-LONG += ["--learning-rate", "0.0005"]  # so that rounding errors do not grow
+# So that rounding errors do not grow.
+SLOWLY = ["--learning-rate", "0.0005"]
+LONG += SLOWLY
 
 
 def ends(processes, status=0):
@@ -68,7 +70,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize("way", ["jit", "shard_map"])
 def test_two_processes_of_two_devices_give_the_numbers_of_one(way, tmp_path):
     options = ["--epochs", 2, "--batch-size", 16, "--train-examples", 160, "--method", "bisam-log"]
-    options += ["--parallelism", way]
+    options += ["--parallelism", way, *SLOWLY]
     single = start(*options, "--output", tmp_path / "single", cwd=tmp_path)
     two = start_together(*options, "--output", tmp_path / "two", cwd=tmp_path, devices=2)
     (first, _), (second, _) = ends(two)
@@ -84,7 +86,7 @@ def test_two_processes_of_two_devices_give_the_numbers_of_one(way, tmp_path):
 def test_each_process_decodes_its_own_rows_of_a_stream(tmp_path):
     tiny_dataset.write(tmp_path, "varied", train=45, sizes=tiny_dataset.VARIED)
     options = ["--dataset", "varied", "--data-dir", tmp_path, "--image-size", 8, "--model", "mlp"]
-    options += ["--epochs", 2, "--batch-size", 8, "--workers", 0]
+    options += ["--epochs", 2, "--batch-size", 8, "--workers", 0, *SLOWLY]
     ends([start(*options, "--output", tmp_path / "single", cwd=tmp_path)])
     ends(start_together(*options, "--output", tmp_path / "two", cwd=tmp_path))
     assert_same_run(tmp_path / "two", tmp_path / "single")
