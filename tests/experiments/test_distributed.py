@@ -78,7 +78,8 @@ def test_two_processes_of_two_devices_give_the_numbers_of_one(way, tmp_path):
     assert_same_run(tmp_path / "two", tmp_path / "single")
     # One of them speaks.
     assert "test accuracy" in first
-    assert all(line.startswith("[Gloo]") for line in second.splitlines())
+    # Gloo's own lines, which its threads may mix up, are all that the other prints.
+    assert not any(word in second for word in ("accuracy", "loss", "compiled", "method="))
     summary = runs.RunFolder(tmp_path / "two").read_summary()
     assert (summary["processes"], summary["devices"]) == (2, 4)
 
