@@ -53,7 +53,9 @@ def against(
             # Other hyperparameters are those that were chosen.
             rest = {key: value for key, value in best.values.items() if key != name}
             line = [
-                c for c in methods[label] if not c.diverged and rest.items() <= c.values.items()
+                c
+                for c in methods[label]
+                if not c.diverged and name in c.values and rest.items() <= c.values.items()
             ]
             # A little aside, so that intervals do not hide each other.
             aside = 1 + 0.02 * (number - len(methods) / 2) if min(values) > 0 else 1.0

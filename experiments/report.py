@@ -1,16 +1,11 @@
-"""The report of a comparison: Markdown, and from it one HTML file that holds everything."""
+"""The report of a comparison."""
 
-import base64
 import dataclasses
-import html
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from markdown_it import MarkdownIt
-
-from experiments import files, plots
+from experiments import files, page, plots
 from experiments.config import Config
 from experiments.results import Comparison
 from experiments.significance import EXACT_SEEDS, LEVEL, Difference, Estimate
@@ -42,12 +37,12 @@ def write(folder: Path, tables: Sequence[Table]) -> None:
     """
     comparisons = [table.comparison for table in tables]
     images: dict[str, str] = {}
-    parts = [_section(table, number, images) for number, table in enumerate(tables, 1)]
+    parts = [_section(table, number, images, folder) for number, table in enumerate(tables, 1)]
     text = "\n\n".join(["# " + _title(comparisons), *parts, _METHOD, _origins(comparisons)]) + "\n"
     for name, image in images.items():
         files.write(folder / name, image)
     files.write(folder / "report.md", text)
-    files.write(folder / "report.html", _page(text, images))
+    files.write(folder / "report.html", page.of(text, images))
     _write_summary(folder / "summary.csv", tables)
 
 
@@ -75,7 +70,7 @@ def setting_in_words(task: dict[str, Any]) -> str:
     return ", ".join([*parts[:3], *sorted(parts[3:])])
 
 
-def _section(table: Table, number: int, images: dict[str, str]) -> str:
+def _section(table: Table, number: int, images: dict[str, str], folder: Path) -> str:
     comparison, baseline, rows = table
     names = {label_of(row, rows): row for row in rows}
     chosen = {label: row.best for label, row in names.items()}
@@ -96,18 +91,26 @@ def _section(table: Table, number: int, images: dict[str, str]) -> str:
             f"Validation accuracy against {name}: mean and 95 % interval; a ring is around what "
             "was chosen."
         )
-    if all(result.curve for result in comparison.results):
-        file = f"{number}-curves.svg"
+    file = f"{number}-curves.svg"
+    if all(result.curve for best in chosen.values() if best for result in best.results):
         images[file] = plots.curves(chosen)
+    elif (folder / file).exists():  # of results whose curves.csv was not kept
+        images[file] = (folder / file).read_text()
+    if file in images:
         parts.append(f"![Learning curves]({file})")
         parts.append("Learning curves of what was chosen: mean and 95 % band over seeds.")
     for label, row in names.items():
+        seeds = max(len(candidate.results) for candidate in row.candidates)
         for candidate in row.candidates:
-            if candidate.diverged:
+            runs = len(candidate.results)
+            reasons = [
+                f"{candidate.diverged} of {runs} runs diverged" if candidate.diverged else "",
+                f"there are {runs} of {seeds} runs" if runs < seeds else "",
+            ]
+            if any(reasons):
                 parts.append(
                     f"{label} with {_values(candidate.values, row, all_of_them=True)}: "
-                    f"{candidate.diverged} of {len(candidate.results)} runs diverged, so it could "
-                    "not be chosen."
+                    f"{' and '.join(filter(None, reasons))}, so it could not be chosen."
                 )
     return "\n\n".join(parts)
 
@@ -136,10 +139,10 @@ def _in_short(rows: list[Row], baseline: str) -> str:
         ]
         told = "; ".join(said) or "no difference is significant"
         sentences.append(f"Against {name}: {told}.")
-    seeds = max(len(row.best.results) for row in rows if row.best)
-    family = sum(p is not None for row in rows for p in row.p_values)
+    made = [d for row in rows for d in (row.same_epochs, row.same_gradients) if d]
+    family, seeds = len(made), max((d.estimate.count for d in made), default=0)
     smallest = family * 2.0 ** (1 - seeds)
-    if family and smallest > 1 - LEVEL:
+    if made and smallest > 1 - LEVEL:
         sentences.append(
             f"With {seeds} seeds and {family} comparisons no p-value can be below "
             f"{min(smallest, 1):.2g}: nothing could have been significant here."
@@ -164,8 +167,8 @@ def _table(rows: list[Row]) -> str:
             f"{sum(times) / len(times):.3g} ({at_once}) | "
             f"{_estimate(row.best.validation) if row.best else ''} | "
             f"{_estimate(row.test) if row.test else ''} | "
-            f"{_compared(row.same_epochs, row.p_values[0])} | "
-            f"{_compared(row.same_gradients, row.p_values[1])} |"
+            f"{_compared(row.same_epochs, row.p_values[0], len(best.results))} | "
+            f"{_compared(row.same_gradients, row.p_values[1], len(best.results))} |"
         )
     return "\n".join(lines)
 
@@ -189,13 +192,14 @@ def _estimate(value: Estimate) -> str:
     )
 
 
-def _compared(difference: Difference | None, p_value: float | None) -> str:
+def _compared(difference: Difference | None, p_value: float | None, seeds: int) -> str:
     if difference is None or p_value is None:
         return ""
     value = difference.estimate
+    fewer = f" ({value.count} seeds)" if value.count != seeds else ""
     text = (
         f"{100 * value.mean:+.2f} [{100 * value.low:+.2f}, {100 * value.high:+.2f}], "
-        f"p = {p_value:.3g}"
+        f"p = {p_value:.3g}{fewer}"
     )
     return f"**{text}**" if p_value <= 1 - LEVEL else text
 
@@ -214,27 +218,34 @@ _METHOD = f"""## How to read it
   {100 * (1 - LEVEL):.0f} %. The intervals are not corrected.
 * The hyperparameters are chosen by validation accuracies of the same runs whose test accuracies
   are compared. Runs that were lucky in both make the best of many values look a little better
-  than it is, and p-values a little too small; sgd has one value here and no such luck. To
+  than it is, and p-values a little too small; a method with one value has no such luck. To
   confirm a difference, compare the chosen values alone from other seeds (--first-seed).
 * The seeds do not vary the split: intervals and p-values are about this test split. Of several
   tables each is corrected for itself.
 * *gradients* are those of a batch in a run; *ms a step* is a run's share of the time of those
   trained at once (how many), evaluation included but for runs of experiments.train.
-* summary.csv has this table, runs.csv every run, curves.csv every epoch."""
+* summary.csv has this table, runs.csv every run, curves.csv every epoch (of several tasks, in a
+  folder for each)."""
 
 
 def _origins(comparisons: Sequence[Comparison]) -> str:
     lines = ["## How it was made"]
     for about in (about for comparison in comparisons for about in comparison.origins):
         lines.append(f"```sh\n{about['command']}\n```")
-        versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
-        hardware = ", ".join(f"{name}: {value}" for name, value in about["hardware"].items())
-        lines.append(f"{versions}. {hardware}.")
+        lines.append(_computed_with(about))
+        for later in about.get("continued", []):
+            lines.append(f"Continued with: {_computed_with(later)}")
         if (runs := about.get("runs", 0)) > about.get("finished", runs):
             lines.append(f"Not complete: {about['finished']} of {runs} runs.")
         if about.get("speed"):
             lines.append(speed_in_words(about["speed"]))
     return "\n\n".join(lines)
+
+
+def _computed_with(about: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
+    hardware = ", ".join(f"{name}: {value}" for name, value in about["hardware"].items())
+    return f"{versions}. {hardware}."
 
 
 def speed_in_words(speed: dict[str, float]) -> str:
@@ -250,33 +261,6 @@ def speed_in_words(speed: dict[str, float]) -> str:
 def _title(comparisons: Sequence[Comparison]) -> str:
     names = dict.fromkeys(comparison.task["dataset"] for comparison in comparisons)
     return f"Comparison on {', '.join(names)}"
-
-
-def _page(text: str, images: dict[str, str]) -> str:
-    """The same as HTML, with its images in it."""
-    body = MarkdownIt("commonmark").enable("table").render(text)
-    for name, image in images.items():
-        data = base64.b64encode(image.encode()).decode()
-        body = body.replace(f'src="{name}"', f'src="data:image/svg+xml;base64,{data}"')
-    title = html.escape(re.sub(r"^# ", "", text.splitlines()[0]))
-    return _PAGE.format(title=title, body=body)
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 90rem; margin: auto; padding: 1rem; }}
-table {{ border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }}
-th, td {{ border-bottom: 1px solid #bbb; padding: 0.3rem 0.6rem; white-space: nowrap; }}
-tr:first-child td {{ background: #eee; }}
-img {{ max-width: 100%; }}
-pre {{ background: #eee; padding: 0.7rem; white-space: pre-wrap; }}
-</style>
-{body}</html>
-"""
 
 
 def _write_summary(path: Path, tables: Sequence[Table]) -> None:
@@ -308,6 +292,7 @@ def _write_summary(path: Path, tables: Sequence[Table]) -> None:
                     f"{name}_low": value.low if value else None,
                     f"{name}_high": value.high if value else None,
                     f"{name}_p_value": p,
+                    f"{name}_seeds": value.count if value else None,
                 }
             lines.append(line)
     files.write_csv(path, list(lines[0]), lines)

@@ -1,18 +1,19 @@
-"""Writes the README's results from the comparisons in experiments/results.
+"""Rewrites the marked tables of README.md and docs/comparing.md from experiments/results.
 
-python -m experiments.readme_table
+python -m experiments.result_tables
 """
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import files, results
+from experiments import command_line, files, results
 from experiments.report import labels_in_words, setting_in_words, task_in_words
 from experiments.results import Comparison
 from experiments.significance import LEVEL
-from experiments.table import PLAIN, Row, rows_of
+from experiments.table import PLAIN, Row, label_of, rows_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("experiments") / "results"
@@ -21,8 +22,7 @@ _MARKED = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.S)
 
 def there(root: Path) -> list[Comparison]:
     """The comparisons, one a task, by the share of wrong labels."""
-    folders = sorted(path.parent for path in (root / RESULTS).glob("*/comparison.json"))
-    comparisons = results.merged(results.read(folder) for folder in folders)
+    comparisons = results.merged(results.read(root / RESULTS))
     return sorted(comparisons, key=lambda comparison: comparison.task["label_noise"])
 
 
@@ -37,8 +37,9 @@ def validation_accuracies(comparisons: Sequence[Comparison]) -> str:
     """A table for each task in which several radii were tried."""
     tables = []
     for comparison in comparisons:
-        rows = [row for row in rows_of(comparison, PLAIN) if "rho" in row.swept]
-        radii = sorted({c.values["rho"] for row in rows for c in row.candidates})
+        rows = [row for row in rows_of(comparison) if "rho" in row.swept]
+        known = [c for row in rows for c in row.candidates if "rho" in c.values]
+        radii = sorted({c.values["rho"] for c in known})
         if not rows:
             continue
         lines = [
@@ -47,15 +48,11 @@ def validation_accuracies(comparisons: Sequence[Comparison]) -> str:
             f"| rho | {' | '.join(f'{rho:g}' for rho in radii)} |",
             f"| --- |{' --- |' * len(radii)}",
         ]
-        for row in sorted(rows, key=lambda row: row.method):
-            means = {c.values["rho"]: c.validation.mean for c in row.candidates}
-            best = row.best.values["rho"] if row.best else None
-            cells = [f"{100 * means[rho]:.2f}" if rho in means else "" for rho in radii]
-            marked = [
-                f"**{cell}**" if rho == best else cell
-                for rho, cell in zip(radii, cells, strict=True)
-            ]
-            lines.append(f"| {row.method} | {' | '.join(marked)} |")
+        for row in sorted(rows, key=lambda row: (row.method, row.epochs)):
+            cells = _by_radius(row)
+            lines.append(
+                f"| {label_of(row, rows)} | {' | '.join(cells.get(rho, '') for rho in radii)} |"
+            )
         tables.append("\n".join(lines))
     return "\n\n".join(tables) + "\n"
 
@@ -74,14 +71,28 @@ def updated(root: Path) -> dict[Path, str]:
     }
 
 
+def _by_radius(row: Row) -> dict[float, str]:
+    """Validation accuracies by radius; other hyperparameters are those that were chosen."""
+    if row.best is None:
+        return {}
+    rest = {name: value for name, value in row.best.values.items() if name != "rho"}
+    cells = {}
+    for candidate in row.candidates:
+        if "rho" in candidate.values and rest.items() <= candidate.values.items():
+            mean = f"{100 * candidate.validation.mean:.2f}"
+            chosen = candidate.values == row.best.values
+            text = "diverged" if candidate.diverged else f"**{mean}**" if chosen else mean
+            cells[candidate.values["rho"]] = text
+    return cells
+
+
 def _name_of(comparison: Comparison) -> str:
     return setting_in_words(comparison.task)
 
 
 def _table(comparisons: Sequence[Comparison]) -> str:
     columns = [
-        {(row.method, row.epochs): row for row in rows_of(comparison, PLAIN)}
-        for comparison in comparisons
+        {(row.method, row.epochs): row for row in rows_of(comparison)} for comparison in comparisons
     ]
     # Plain training first, with few epochs and then with more, and others as they were asked for.
     names = list(dict.fromkeys((r.method, r.epochs) for c in comparisons for r in c.results))
@@ -121,8 +132,14 @@ def _cell(row: Row) -> str:
     return text + (" †" if better[1] else "") + ("" if rho is None else f" (rho {rho:g})")
 
 
-def main() -> None:
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """None."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
+    command_line.parse(Arguments, __doc__ or "", args)
     for path, text in updated(ROOT).items():
         files.write(path, text)
         print(f"wrote the tables of {path.relative_to(ROOT)}")

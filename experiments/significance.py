@@ -96,7 +96,8 @@ def chosen(results: Sequence[Result]) -> Candidate | None:
     known = candidates(results)
     seeds = max(len(candidate.results) for candidate in known)
     able = [c for c in known if not c.diverged and len(c.results) == seeds]
-    return max(able, key=lambda candidate: candidate.validation.mean, default=None)
+    # Sums of the same accuracies in another order differ in their last digit.
+    return max(able, key=lambda candidate: round(candidate.validation.mean, 12), default=None)
 
 
 def difference(ours: Candidate, theirs: Candidate) -> Difference | None:

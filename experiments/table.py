@@ -19,6 +19,7 @@ class Row:
     Attributes:
         method: its label.
         epochs: how many it was trained for.
+        candidates: one for each set of values of its hyperparameters.
         best: the candidate that is reported; None if all diverged.
         test: its test accuracy.
         same_epochs: against the baseline, trained for as many epochs.

@@ -93,6 +93,11 @@ def test_what_is_chosen_does_not_depend_on_the_test_split():
 def test_among_equals_the_smaller_value_is_chosen():
     results = results_of(0.2, [0.7, 0.6]) + results_of(0.1, [0.6, 0.7])
     assert significance.chosen(results).values == {"rho": 0.1}
+    # The same accuracies from other seeds, whose means differ in their last digit.
+    accuracies = [0.3, 0.2, 0.1]
+    assert np.mean(accuracies) < np.mean(accuracies[::-1])
+    results = results_of(0.2, accuracies[::-1]) + results_of(0.1, accuracies)
+    assert significance.chosen(results).values == {"rho": 0.1}
 
 
 def test_what_diverged_or_is_incomplete_is_not_chosen():

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from experiments import report, table
+from experiments import files, report, result_tables, table
 from experiments.config import ArgumentError, Config
-from experiments.results import Comparison, task_of
+from experiments.results import DIVERGED, Comparison, task_of
 from tests.experiments.test_significance import BLANK
 
 TASK = task_of(Config().resolved())
@@ -85,11 +85,14 @@ def test_the_edge_of_a_grid():
     assert not rows(SAM)["sam", 10].at_the_edge("rho")
 
 
-def test_values_that_only_some_runs_have():
+def test_values_that_only_some_runs_have(tmp_path):
     mixed = [*results_of("sam", 0.5, rho=0.1), *results_of("sam", 0.6, rho=0.1, mu=1.0)]
     row = rows(mixed)["sam", 10]
     assert row.swept == ["mu"]
     assert row.at_the_edge("mu")
+    comparison = Comparison(TASK, mixed, [])
+    report.write(tmp_path, report.tables_of([comparison], None))
+    assert (tmp_path / "1-mu.svg").exists()
 
 
 def test_the_report_in_words(tmp_path):
@@ -99,6 +102,32 @@ def test_the_report_in_words(tmp_path):
     assert "## digits, mlp, batch 32, base adamw, 20 % wrong labels" in text
     assert "Against sgd, same epochs: significantly better: sam." in text
     assert "| sam | rho 0.1 | 8 | 10 |" in text
+
+
+def test_few_pairs_and_few_seeds_are_told(tmp_path):
+    asam = results_of("asam", 0.9, rho=1.0)[:3] + results_of("asam", 0.95, rho=2.0)[:2]
+    comparison = Comparison(TASK, [*SGD, *asam], [])
+    report.write(tmp_path, report.tables_of([comparison], None))
+    text = (tmp_path / "report.md").read_text()
+    assert "asam with rho 2: there are 2 of 3 runs, so it could not be chosen." in text
+    assert "With 3 seeds and 1 comparisons no p-value can be below 0.25" in text
+    (row,) = [row for row in files.read_csv(tmp_path / "summary.csv") if row["method"] == "asam"]
+    assert (row["same_epochs_seeds"], row["same_gradients_seeds"]) == ("3", "")
+    more = Comparison(TASK, [*SGD[:3], *results_of("asam", 0.9, rho=1.0)], [])
+    report.write(tmp_path, report.tables_of([more], None))
+    assert "p = 0.25 (3 seeds) |" in (tmp_path / "report.md").read_text()
+
+
+def test_radii_in_the_documentation():
+    """Of several hyperparameters the others are those that were chosen."""
+    results = [*SGD]
+    for rho, mu, accuracy in ((0.1, 1, 0.5), (0.2, 1, 0.6), (0.1, 2, 0.7), (0.2, 2, 0.4)):
+        results += results_of("bisam-log", accuracy, spread=0, rho=rho, mu=float(mu))
+    grown = results_of("bisam-log", 0.9, rho=0.4, mu=2.0)
+    results += [dataclasses.replace(result, status=DIVERGED) for result in grown[:1]] + grown[1:]
+    text = result_tables.validation_accuracies([Comparison(TASK, results, [])])
+    assert "| rho | 0.1 | 0.2 | 0.4 |" in text
+    assert "| bisam-log | **70.00** | 40.00 | diverged |" in text
 
 
 def test_one_seed_has_no_interval(tmp_path):
