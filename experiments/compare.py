@@ -1,11 +1,11 @@
 """Compares methods, and says whether a difference is more than the chance of the seeds.
 
     python -m experiments.compare --dataset digits --label-noise 0.4 \\
-        --methods sgd sam bisam-log bisam-tanh --rho 0.05 0.1 0.2 0.5 --seeds 8
+        --methods sgd sam bisam-log bisam-tanh --rho 0.05 0.1 0.2 0.5 --seeds 8 --output FOLDER
 
 trains every method with every value of its own hyperparameters from every seed, many runs in one
 compiled program, and writes a report. Hyperparameters are chosen on the validation split alone.
-The same command goes on with a comparison that was stopped;
+The same command, with the same --output, goes on with a comparison that was stopped;
 
     python -m experiments.compare --from FOLDERS...
 
@@ -15,6 +15,7 @@ makes one report of finished ones, of runs of experiments.train too.
 import contextlib
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -30,7 +31,7 @@ import optax
 import tyro
 
 import bisam_jax
-from experiments import command_line, data, files, report, results, runs
+from experiments import command_line, data, report, results, runs
 from experiments.checkpoints import CheckpointError
 from experiments.config import ArgumentError
 from experiments.interruption import Interruption
@@ -66,8 +67,12 @@ class Arguments(Sweep):
             )
 
 
-def compare(arguments: Arguments) -> Path:
-    """Trains and reports as asked; returns the folder.
+def compare(arguments: Arguments, folder: Path) -> None:
+    """Trains and reports as asked.
+
+    Args:
+        arguments: the command line.
+        folder: to write to.
 
     Raises:
         ArgumentError: if the grid does not fit the data, the memory or what is in the folder.
@@ -75,69 +80,90 @@ def compare(arguments: Arguments) -> Path:
         CheckpointError: if what is under way cannot be read.
         KeyboardInterrupt: after a signal; the same command then goes on.
     """
-    folder = arguments.output or runs.new_folder(
-        "comparison" if arguments.from_ else f"{arguments.dataset.replace('/', '-')}-comparison"
-    )
     if arguments.from_ is None:
-        comparison = _trained(arguments, folder)
-        report.write(folder, report.tables_of([comparison], arguments.baseline))
-        return folder
+        _train(arguments, folder)
+        return
     _check_alone(arguments)
-    comparisons = results.merged(map(results.read, arguments.from_))
+    read = itertools.chain.from_iterable(map(results.read, arguments.from_))
+    comparisons = results.merged(read)
     tables = report.tables_of(comparisons, arguments.baseline)
     try:
         runs.check_new(folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArgumentError(f"--output must be a new folder: {error}") from error
-    for number, comparison in enumerate(comparisons, 1):
-        results.write(folder, comparison, prefix=f"{number}-")
     report.write(folder, tables)
-    return folder
+    results.write_merged(folder, comparisons)
 
 
-def _trained(arguments: Arguments, folder: Path) -> Comparison:
+def _train(arguments: Arguments, folder: Path) -> None:
     grid = arguments.configs()
     # Of plain training alone, groups have no meaning.
     task = results.task_of(grid[0]) | {"group_size": arguments.group_size}
     examples = examples_of(grid)  # before anything is written
     about = {"task": task, "grid": _as_json(arguments), "runs": len(grid), **_about()}
-    comparison = _opened(folder, about)
     with _locked(folder), Interruption() as interruption:
+        comparison = _opened(folder, about)
+        (origin,) = comparison.origins
         limit = arguments.replicas_at_once
-        speed = SweepRun(grid, examples, comparison, folder, limit, interruption).train()
+        sweep = SweepRun(grid, examples, comparison, folder, limit, interruption)
+        if sweep.missing:
+            _note_continuation(origin, about)
+            results.write_about(folder, origin)
+        speed = sweep.train()
+        if speed is not None:
+            origin["speed"] = speed._asdict()
+            results.write_about(folder, origin)
+        report.write(folder, report.tables_of([comparison], arguments.baseline))
     if speed is not None:
-        (about,) = comparison.origins
-        about["speed"] = speed._asdict()
-        print(report.speed_in_words(about["speed"]))
-        _write_about(folder, about)
-    return comparison
+        print(report.speed_in_words(origin["speed"]))
 
 
 def _opened(folder: Path, about: dict[str, Any]) -> Comparison:
-    """What is in a folder of this grid, or a new one."""
+    """What is in a folder of this grid, or nothing in an empty one."""
+    path, grid = folder / "comparison.json", about["grid"]
+    begun = [folder / "runs.csv", folder / "under-way", folder / "runs"]
+    if not any(known.exists() for known in begun):
+        return Comparison(about["task"], [], [about])
     try:
-        if results.there_are_any(folder):
-            there, grid = json.loads((folder / "comparison.json").read_text()), about["grid"]
-            if odd := [name for name in grid if _value(there["grid"], name) != grid[name]]:
-                raise ArgumentError(
-                    f"--output {folder} has another comparison: its --{odd[0].replace('_', '-')} "
-                    f"is {_value(there['grid'], odd[0])}, not {grid[odd[0]]}"
-                )
-            return results.read(folder)
-        if not (folder / "comparison.json").exists():
-            runs.check_new(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_about(folder, about)
-    except (OSError, KeyError) as error:
-        raise ArgumentError(f"--output must be a folder to write to: {error}") from error
-    return Comparison(about["task"], [], [about])
+        there = json.loads(path.read_text())
+        values = {name: _value(there["grid"], name) for name in grid}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArgumentError(
+            f"--output {folder} has no comparison that can go on: give another folder"
+        ) from error
+    if odd := [name for name in grid if values[name] != grid[name]]:
+        raise ArgumentError(
+            f"--output {folder} has another comparison: its --{odd[0].replace('_', '-')} is "
+            f"{values[odd[0]]}, not {grid[odd[0]]}"
+        )
+    if results.there_are_any(folder):
+        (comparison,) = results.read(folder)
+        return comparison
+    return Comparison(about["task"], [], [there])
+
+
+def _note_continuation(origin: dict[str, Any], about: dict[str, Any]) -> None:
+    """Into `origin`, what now computes if it is not what computed before."""
+    now = {name: about[name] for name in ("versions", "hardware")}
+    before = [origin, *origin.get("continued", [])][-1]
+    if now != {name: before[name] for name in now}:
+        origin["continued"] = [*origin.get("continued", []), now]
 
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from writing to the folder; ends with this process at the latest."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    """Makes the folder, unless it is a comparison's, and keeps other processes out of it.
+
+    The lock ends with this process at the latest.
+    """
+    try:
+        if not (folder / "comparison.json").exists():
+            runs.check_new(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ArgumentError(f"--output must be a folder to write to: {error}") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -157,10 +183,6 @@ def _as_json(arguments: Sweep) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(Sweep)} - {"data_dir", "workers"}
     # Through JSON, as what is read is: tuples are lists there.
     return json.loads(json.dumps({name: getattr(arguments, name) for name in sorted(names)}))
-
-
-def _write_about(folder: Path, about: dict[str, Any]) -> None:
-    files.write(folder / "comparison.json", json.dumps(about, indent=2) + "\n")
 
 
 def _about() -> dict[str, Any]:
@@ -223,12 +245,18 @@ def main(args: Sequence[str] | None = None) -> None:
         with contextlib.suppress(RuntimeError):  # JAX runs already
             jax.config.update("jax_num_cpu_devices", _cores())
     arguments = command_line.parse(Arguments, __doc__ or "", args)
+    folder = arguments.output or runs.new_folder(
+        "comparison" if arguments.from_ else f"{arguments.dataset.replace('/', '-')}-comparison"
+    )
     try:
-        folder = compare(arguments)
+        compare(arguments, folder)
     except (ArgumentError, data.DatasetError, CheckpointError) as error:
         command_line.fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
+        print(
+            f"interrupted: the same command goes on from here, with --output {folder}",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None
     print(f"wrote {folder / 'report.md'} and {folder / 'report.html'}")
 

@@ -3,11 +3,13 @@
 comparison.json  the grid, and how it was computed: command, versions, hardware, times
 runs.csv         one line a run: method, hyperparameters, seed, accuracies, cost
 curves.csv       one line an epoch of a run
+
+Of several tasks each has a folder of its own in the folder.
 """
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,28 +100,44 @@ def key_of(config: Config) -> tuple:
     return (label, config.epochs, tuple(sorted(values_of(config).items())), config.seed)
 
 
-def write(folder: Path, comparison: Comparison, prefix: str = "") -> None:
-    """Writes runs.csv and curves.csv, each of them whole or not at all, under a prefix."""
+def write(folder: Path, comparison: Comparison) -> None:
+    """Writes runs.csv and curves.csv, each of them whole or not at all."""
     lines, points = [], []
     for number, result in enumerate(comparison.results):
         columns = {name: getattr(result, name) for name in _COLUMNS}
         lines.append({"run": number, **columns, **result.values})
         points += [{"run": number, **row} for row in result.curve]
     # The runs last: a curve without a run is not read.
-    files.write_csv(folder / f"{prefix}curves.csv", ("run", *_CURVE), points)
-    files.write_csv(folder / f"{prefix}runs.csv", ("run", *_COLUMNS, *HYPERPARAMETERS), lines)
+    files.write_csv(folder / "curves.csv", ("run", *_CURVE), points)
+    files.write_csv(folder / "runs.csv", ("run", *_COLUMNS, *HYPERPARAMETERS), lines)
 
 
-def read(folder: Path) -> Comparison:
+def write_merged(folder: Path, comparisons: Sequence[Comparison]) -> None:
+    """Writes several comparisons so that they can be read again; one, into the folder itself."""
+    for number, comparison in enumerate(comparisons, 1):
+        part = folder if len(comparisons) == 1 else folder / str(number)
+        part.mkdir(exist_ok=True)
+        write(part, comparison)
+        write_about(part, {"task": comparison.task, "origins": comparison.origins})
+
+
+def write_about(folder: Path, about: dict[str, Any]) -> None:
+    """Writes comparison.json."""
+    files.write(folder / "comparison.json", json.dumps(about, indent=2) + "\n")
+
+
+def read(folder: Path) -> list[Comparison]:
     """The results in a folder that `experiments.compare` or `experiments.train` wrote.
+
+    A folder of such comparisons is all of them.
 
     Raises:
         ArgumentError: if there are none.
     """
     try:
-        if (folder / "comparison.json").exists():
-            return _read_comparison(folder)
-        return _read_run(folder)
+        known = [folder / "comparison.json", *sorted(folder.glob("*/comparison.json"))]
+        comparisons = [_read_comparison(path.parent) for path in known if path.exists()]
+        return comparisons or [_read_run(folder)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArgumentError(f"{folder} cannot be read as results: {error}") from error
 
@@ -166,7 +184,8 @@ def _read_comparison(folder: Path) -> Comparison:
     ]
     if not results:
         raise ValueError("no run has finished yet")
-    return Comparison(about["task"], results, [about | {"finished": len(results)}])
+    origins = about.get("origins", [about | {"finished": len(results)}])
+    return Comparison(about["task"], results, origins)
 
 
 def _point(row: dict[str, str]) -> dict[str, float]:
@@ -199,15 +218,19 @@ def _read_run(folder: Path) -> Comparison:
 
     config = load_config(folder)
     summary = runs.RunFolder(folder).read_summary()
-    if summary.get("status") != FINISHED:
+    status = summary.get("status", "started")
+    if status in ("started", "interrupted"):
         raise ValueError("the run is not finished")
+    if config.batch_statistics == "per-device":
+        raise ValueError("runs with --batch-statistics per-device are another method")
+    finished = status == FINISHED
     values = values_of(config)
     # The default, an epoch, has no value in a grid.
     if values.get("update_every") == summary["steps"] // (config.epochs or 1):
         del values["update_every"]
     rows = files.read_csv(folder / "metrics.csv")
     speeds = [float(row["examples_per_second"]) for row in rows]
-    seconds = sum(1 / speed for speed in speeds) / len(speeds) * (config.batch_size or 0)
+    seconds = sum(1 / speed for speed in speeds) / max(len(speeds), 1) * (config.batch_size or 0)
     result = Result(
         method=label_of(config.method, config.perturbation),
         epochs=config.epochs or 0,
@@ -215,10 +238,10 @@ def _read_run(folder: Path) -> Comparison:
         values=values,
         gradients=gradients_of(config),
         steps=summary["steps"],
-        status=FINISHED,
-        validation_accuracy=summary["validation_accuracy"],
-        checkpoint_epoch=summary["checkpoint_epoch"],
-        test_accuracy=summary["test_accuracy"],
+        status=FINISHED if finished else DIVERGED,
+        validation_accuracy=summary["validation_accuracy"] if finished else None,
+        checkpoint_epoch=summary["checkpoint_epoch"] if finished else None,
+        test_accuracy=summary["test_accuracy"] if finished else None,
         milliseconds_per_step=1000 * seconds,
         runs_at_once=1,
         curve=[_point(row) for row in rows],

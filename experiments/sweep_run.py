@@ -84,6 +84,9 @@ class SweepRun:
         folder: where results are written, and checkpoints of the runs under way.
         replicas_at_once: at most so many, or None for as many as is fast and fits.
         interruption: asked after every epoch.
+
+    Attributes:
+        missing: how many runs have no result yet.
     """
 
     def __init__(
@@ -98,8 +101,11 @@ class SweepRun:
         self._comparison, self._folder = comparison, folder
         self._limit, self._interruption = replicas_at_once, interruption
         done = {result.key for result in comparison.results}
-        missing = [run for run in runs if results.key_of(run) not in done]
-        self._groups = [list(group) for _, group in itertools.groupby(missing, _program_of)]
+        self._missing = {run for run in runs if results.key_of(run) not in done}
+        self.missing = len(self._missing)
+        # Whole groups: a part of one that was stopped is found again if all parts are as before.
+        groups = [list(group) for _, group in itertools.groupby(runs, _program_of)]
+        self._groups = [group for group in groups if self._missing.intersection(group)]
         self._dataset, self._labels = examples
         self._restored = False
 
@@ -112,7 +118,7 @@ class SweepRun:
             KeyboardInterrupt: after a signal, once everything is saved.
         """
         begun = time.perf_counter()
-        total = sum(len(group) * (group[0].epochs or 0) for group in self._groups)
+        total = sum(run.epochs or 0 for run in self._missing)
         with tqdm.tqdm(total=total, unit="epoch", file=sys.stderr) as bar:
             ways = [self._train_group(group, bar) for group in self._groups]
         shutil.rmtree(self._folder / "under-way", ignore_errors=True)
@@ -124,22 +130,26 @@ class SweepRun:
         label = label_of(group[0].method, group[0].perturbation)
         if isinstance(self._dataset.train, data.Stream):
             for run in group:
-                self._add([_trained_alone(run, self._folder / "runs")])
-                bar.update(run.epochs or 0)
+                if run in self._missing:
+                    self._add([_trained_alone(run, self._folder / "runs")])
+                    _show(bar, run.epochs or 0)
+                if self._interruption.signal is not None:
+                    raise KeyboardInterrupt
             return False
-        begun = time.perf_counter()
+        runs, begun = len(self._missing.intersection(group)), time.perf_counter()
         experiment = Experiment(group[0], self._dataset)
         program = capacity.program(experiment, len(group), self._limit)
         # Whoever looked may be gone: no reason to lose the runs.
         with contextlib.suppress(OSError):
             bar.write(
-                f"{label}, {group[0].epochs} epochs: {len(group)} runs, {program.count} at once, "
+                f"{label}, {group[0].epochs} epochs: {runs} runs, {program.count} at once, "
                 f"compiled in {time.perf_counter() - begun:.1f} s",
                 file=sys.stdout,
             )
         for first in range(0, len(group), program.count):
-            part = group[first : first + program.count]
-            self._add(self._train_part(experiment, program, part, bar))
+            whole = group[first : first + program.count]
+            if part := [run for run in whole if run in self._missing]:
+                self._add(self._train_part(experiment, program, part, bar))
         return program.at_once
 
     def _train_part(
@@ -155,14 +165,14 @@ class SweepRun:
             population, progress = checkpoints.restore(saved[-1], population)
             history, seconds = progress["history"], progress["seconds"]
             self._restored = True
-            bar.update(len(history) * len(part))
+            _show(bar, len(history) * len(part))
         saved_at = time.perf_counter()
         for number in range(len(history), part[0].epochs or 0):
             begun = time.perf_counter()
             population, epoch = program.epoch(population, inputs, number)
             seconds.append(time.perf_counter() - begun)
             history.append([values.tolist() for values in epoch])
-            bar.update(len(part))
+            _show(bar, len(part))
             stopping = self._interruption.signal is not None
             if stopping or time.perf_counter() - saved_at > SECONDS_BETWEEN_SAVES:
                 progress = {"history": list(history), "seconds": list(seconds)}
@@ -197,21 +207,32 @@ class SweepRun:
         by_training = steps_alone = 0.0
         finished = {r.key for r in self._comparison.results if r.status == FINISHED}
         for group in self._groups:
-            able = [run for run in group if results.key_of(run) in finished]
+            new = [run for run in group if run in self._missing]
+            able = [run for run in new if results.key_of(run) in finished]
             if not able:
                 return None
             program = Replicas(Experiment(able[0], self._dataset), 1, at_once=False)
-            epochs = len(group) * (group[0].epochs or 0)
+            epochs = len(new) * (group[0].epochs or 0)
             steps_alone += epochs * capacity.seconds_per_epoch(program)
-            by_training += len(group) * _seconds_of_training(able[0])
-        return Speed(sum(map(len, self._groups)), together, by_training, steps_alone)
+            by_training += len(new) * _seconds_of_training(able[0])
+            if self._interruption.signal is not None:
+                raise KeyboardInterrupt
+        return Speed(self.missing, together, by_training, steps_alone)
+
+
+def _show(bar: tqdm.tqdm, epochs: int) -> None:
+    # Whoever looked may be gone: no reason to lose the runs.
+    with contextlib.suppress(OSError):
+        bar.update(epochs)
 
 
 def _seconds_of_training(run: Config) -> float:
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silence:
         begun = time.perf_counter()
         with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
-            train.train(dataclasses.replace(run, output=Path(folder) / "run"))
+            summary = train.train(dataclasses.replace(run, output=Path(folder) / "run"))
+        if summary["status"] != "finished":
+            raise KeyboardInterrupt
         return time.perf_counter() - begun
 
 
@@ -276,5 +297,6 @@ def _trained_alone(run: Config, folder: Path) -> Result:
         return _result(run, 0, np.zeros((0, 3)), np.nan, np.nan, 1)
     if summary["status"] != "finished":
         raise KeyboardInterrupt
-    (result,) = results.read(output).results
-    return result
+    (comparison,) = results.read(output)
+    (result,) = comparison.results
+    return dataclasses.replace(result, values=results.values_of(run))

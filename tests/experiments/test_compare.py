@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from experiments import compare, replicas, sweep_run, train
 from experiments.config import Config
+from experiments.run import NonFiniteLossError
 from tests.experiments import tiny_dataset
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -171,7 +173,7 @@ def test_a_stopped_comparison_goes_on(tmp_path, capsys, monkeypatch):
         patch.setattr(compare, "Interruption", lambda: Interrupted(6))
         status, _, err = run(capsys, *grid, "--output", stopped)
     assert status == 130
-    assert "the same command goes on" in err
+    assert f"the same command goes on from here, with --output {stopped}" in err
     assert [row["method"] for row in rows_of(stopped / "runs.csv")] == ["sgd"] * 2
 
     # Lost during the fourth: what was saved before is not computed again.
@@ -200,14 +202,84 @@ def test_a_stopped_comparison_goes_on(tmp_path, capsys, monkeypatch):
     assert rows == expected
 
 
-def test_a_finished_comparison_is_not_computed_again(finished, capsys, monkeypatch):
-    folder, _ = finished
-    before = (folder / "runs.csv").read_text()
+def test_parts_are_found_again(tmp_path, capsys, monkeypatch):
+    """Also when fewer runs are left than a program is for."""
+    grid = ["--methods", "sam", *SMALL, "--seeds", 3, "--epochs", 3, "--replicas-at-once", 2]
+    grid += ["--output", tmp_path / "new"]
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "Interruption", lambda: Interrupted(5))
+        status, _, _ = run(capsys, *grid)
+    assert status == 130
+    assert len(rows_of(tmp_path / "new" / "runs.csv")) == 2
+    epochs = []
+    epoch = replicas.Replicas.epoch
+
+    def counted(self, population, inputs, number):
+        epochs.append(number)
+        return epoch(self, population, inputs, number)
+
+    monkeypatch.setattr(replicas.Replicas, "epoch", counted)
+    status, _, err = run(capsys, *grid)
+    assert status == 0, err
+    assert epochs == [2]
+
+
+def test_what_is_under_way_is_of_its_own_grid(tmp_path, capsys, monkeypatch):
+    """Or half a run with some labels would be finished with others."""
+    folder = tmp_path / "new"
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "Interruption", lambda: Interrupted(1))
+        assert run(capsys, *GRID, "--output", folder)[0] == 130
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    status, _, err = run(capsys, *GRID, "--label-noise", 0.1, "--output", folder)
+    assert status == 2
+    assert f"--output {folder} has another comparison: its --label-noise is 0.3, not 0.1" in err
+    assert sorted(path for path in folder.rglob("*") if path.is_file()) == files
+    (folder / "comparison.json").write_text("{")
+    status, _, err = run(capsys, *GRID, "--output", folder)
+    assert status == 2
+    assert f"--output {folder} has no comparison that can go on" in err
+
+
+def test_a_folder_in_use_is_left_to_its_process(tmp_path, capsys):
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / "comparison.json").write_text("another's")
+    with compare._locked(folder):
+        status, _, err = run(capsys, *GRID, "--output", folder)
+    assert status == 2
+    assert f"--output {folder} is in use by another process" in err
+    assert (folder / "comparison.json").read_text() == "another's"
+
+
+def test_what_goes_on_elsewhere_is_told(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    lines = (folder / "runs.csv").read_text().splitlines(keepends=True)
+    (folder / "runs.csv").write_text("".join(lines[:-2]))
+    about = json.loads((folder / "comparison.json").read_text())
+    about["versions"]["jax"] = "0.0.1"
+    (folder / "comparison.json").write_text(json.dumps(about))
+    status, _, err = run(capsys, *GRID, "--output", folder)
+    assert status == 0, err
+    text = (folder / "report.md").read_text()
+    assert "jax 0.0.1" in text
+    assert f"Continued with: bisam_jax {about['versions']['bisam_jax']}, jax {jax.__version__}" in (
+        text
+    )
+
+
+def test_a_finished_comparison_is_not_computed_again(finished, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(finished[0], tmp_path / "copy")
+    before = {name: (folder / name).read_text() for name in ("runs.csv", "report.md")}
+    # The largest file, which not everybody keeps.
+    (folder / "curves.csv").unlink()
     monkeypatch.setattr(replicas.Replicas, "epoch", None)
     status, _, err = run(capsys, *GRID, "--output", folder)
     assert status == 0, err
-    assert (folder / "runs.csv").read_text() == before
-    assert "took" in (folder / "report.md").read_text()
+    for name, text in before.items():
+        assert (folder / name).read_text() == text
+    assert "took" in before["report.md"]
+    assert "1-curves.svg" in before["report.md"]
 
 
 def test_another_grid_is_refused(finished, capsys):
@@ -272,7 +344,16 @@ def test_results_are_merged(finished, tmp_path, capsys):
     for name in ("summary.csv", "1-rho.svg", "report.md"):
         assert (again / name).read_text() == (folder / name).read_text()
     for name in ("runs.csv", "curves.csv"):
-        assert (again / f"1-{name}").read_text() == (folder / name).read_text()
+        assert (again / name).read_text() == (folder / name).read_text()
+    # What was merged can be merged.
+    more = tmp_path / "more"
+    status, _, err = run(capsys, "--from", output, "--output", more)
+    assert status == 0, err
+    for name in ("summary.csv", "report.md"):
+        assert (more / name).read_text() == (output / name).read_text()
+    status, _, err = run(capsys, *GRID, "--output", again)
+    assert status == 2
+    assert "has no comparison that can go on" in err
 
 
 @pytest.mark.parametrize(
@@ -321,6 +402,23 @@ def test_results_that_differ_are_not_merged(finished, tmp_path, capsys):
     assert status == 2
     assert "two results of sgd with seed 0 that differ" in err
     assert not (tmp_path / "report").exists()
+
+
+def test_runs_of_training_that_diverged_or_are_another_method(tmp_path, capsys):
+    task = {"epochs": 1, "train_examples": 96, "method": "sam", "devices": 1}
+    train.train(Config(**task, output=tmp_path / "good"))
+    with pytest.raises(NonFiniteLossError):
+        train.train(Config(**task, rho=1e30, output=tmp_path / "bad"))
+    output = tmp_path / "report"
+    status, _, err = run(capsys, "--from", tmp_path / "good", tmp_path / "bad", "--output", output)
+    assert status == 0, err
+    text = (output / "report.md").read_text()
+    assert re.search(r"sam with .*rho 1e\+30.*: 1 of 1 runs diverged", text)
+    own = {"devices": 8, "parallelism": "shard_map", "batch_statistics": "per-device"}
+    train.train(Config(**task | own, output=tmp_path / "own"))
+    status, _, err = run(capsys, "--from", tmp_path / "own", "--output", tmp_path / "none")
+    assert status == 2
+    assert "per-device are another method" in err
 
 
 def test_a_run_that_diverged_is_told_and_not_chosen(tmp_path, capsys):
