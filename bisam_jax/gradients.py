@@ -92,10 +92,10 @@ def value_and_grad(
     .. note:: Two gradients per example. m is part of the algorithm and not of the hardware: the
         same batch gives the same numbers however it is laid over devices. Batch normalisation, by
         contrast, sees one group or microbatch at a time. ``optax.MultiSteps`` around a
-        sharpness-aware step is neither of these options: it perturbs for every mini-batch it
-        accumulates. ``optax.conditionally_transform`` returns its input on the steps that it
-        skips; here that is the gradient of ``perturbation_loss_fn``, so call its ``update`` with
-        the gradient of ``loss_fn`` instead.
+        sharpness-aware step is neither of these options: it drops the descent gradients of all
+        mini-batches but the last. ``optax.conditionally_transform`` returns its input on the steps
+        that it skips; here that is the gradient of ``perturbation_loss_fn``, so call its
+        ``update`` with the gradient of ``loss_fn`` instead.
     """
     check_transformation("tx", tx)
     tx = optax.with_extra_args_support(tx)

@@ -98,8 +98,9 @@ def sharpness_aware(
         <https://arxiv.org/abs/2010.01412>`_, 2021
 
     .. note:: Two gradients a step: the ascent one, and one here. No state of its own, no copy of
-        the parameters between steps, one during a step. ``optax.MultiSteps`` around it perturbs on
-        every mini-batch; see :func:`bisam_jax.value_and_grad` for accumulation.
+        the parameters between steps, one during a step. ``optax.MultiSteps`` around it drops the
+        descent gradients of all mini-batches but the last; see :func:`bisam_jax.value_and_grad` for
+        accumulation.
     """
     check_transformation("perturbation", perturbation)
     perturbation = optax.with_extra_args_support(perturbation)

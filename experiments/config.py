@@ -96,7 +96,8 @@ class Task:
     """Share of each label that is spread over the other classes, in the training loss."""
 
     crop_padding: int | None = None
-    """Pixels by which images are shifted at most (default 4 for CIFAR); not if streamed."""
+    """Pixels by which images are shifted at most (default 4 for CIFAR and SVHN, 2 for MNIST
+    and Fashion-MNIST, else 0); not if streamed."""
     flip: bool | None = None
     """Whether half of the images are mirrored (default: not if they show digits)."""
     cutout: float | None = None
