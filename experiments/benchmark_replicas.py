@@ -31,6 +31,11 @@ class Arguments:
     at_once: tuple[int, ...] = (1, 2, 4, 8, 16)
     """Replicas on each device, by jax.vmap."""
 
+    def __post_init__(self) -> None:
+        """Refuses what cannot be timed."""
+        if not self.at_once or min(self.at_once) < 1:
+            raise ArgumentError(f"--at-once must be at least 1, got {self.at_once}")
+
 
 def milliseconds(arguments: Arguments) -> dict[str, float]:
     """Of a run's step, evaluation included, by the way that it is trained."""

@@ -21,7 +21,14 @@ def test_every_way_is_timed(capsys):
         assert float(ratio) == pytest.approx(float(found[0][1]) / float(time), abs=0.01, rel=0.01)
 
 
-def test_a_model_that_is_none(capsys):
-    with pytest.raises(SystemExit):
-        benchmark_replicas.main(["--model", "none"])
-    assert "none" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [(["--model", "none"], "none"), (["--at-once", "0"], "--at-once must be at least 1, got (0,)")],
+)
+def test_bad_input_is_one_line(args, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        benchmark_replicas.main(args)
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
