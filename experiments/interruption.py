@@ -15,8 +15,8 @@ class Interruption:
     """A context in which the first SIGINT or SIGTERM is only noted, for the loop to ask for.
 
     An exception raised by the signal itself could land, and be lost, in a library's callback. A
-    second signal ends the program as usual. Signals can be handled in the main thread alone:
-    elsewhere this does nothing.
+    second signal ends the program as usual. Of one within another both note it. Signals can be
+    handled in the main thread alone: elsewhere this does nothing.
 
     Attributes:
         signal: the signal that came, or None.
@@ -40,7 +40,11 @@ class Interruption:
 
     def _note(self, number: int, frame: object) -> None:
         self.signal = signal.Signals(number)
+        outer = getattr(self._previous.get(self.signal), "__self__", None)
         self._restore()
+        if isinstance(outer, Interruption):
+            outer._note(number, frame)
+            return
         # Not print: it could be in the middle of another write, and who reads may be gone.
         with contextlib.suppress(OSError):
             os.write(2, b"\ninterrupted: saving; once more to stop at once\n")

@@ -1,19 +1,15 @@
 """The course of one training run: steps, epochs, checkpoints, an end or an interruption."""
 
-import contextlib
 import dataclasses
 import signal
-import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
-import tqdm
 
 import bisam_jax
-from experiments import evaluation, launches, memory, processes, runs
+from experiments import evaluation, launches, memory, processes, progress, runs
 from experiments.checkpoints import UNKNOWN, CheckpointError, Checkpoints
 from experiments.config import PLACES
 from experiments.experiment import Experiment
@@ -88,7 +84,8 @@ class Run:
             f"compiled in {self.compile_seconds:.1f} s, writing to {self.folder.path}", flush=True
         )
         steps, every = self.experiment.steps_per_epoch, self.config.checkpoint_every or 0
-        with _progress_bar(self.experiment.total_steps, self.step) as bar:
+        total, silent = self.experiment.total_steps, not processes.is_first()
+        with progress.shown(total, "step", done=self.step, silent=silent) as bar:
             while self.step < self.experiment.total_steps and not interruption.signal:
                 epoch_end = (self.step // steps + 1) * steps
                 checkpoint = (self.step // every + 1) * every
@@ -109,11 +106,9 @@ class Run:
             if interruption.signal:
                 self._save()
 
-    def _note(self, losses: list[float], bar: tqdm.tqdm) -> None:
+    def _note(self, losses: list[float], bar: progress.Bar) -> None:
         self.losses += losses
-        # Whoever looked may be gone: no reason to lose the run.
-        with contextlib.suppress(OSError):
-            bar.update(len(losses))
+        bar.advance(len(losses))
         if not np.isfinite(losses).all():
             first = int(np.flatnonzero(~np.isfinite(self.losses))[0])
             self._stop_at(len(self.folder.metrics) * self.experiment.steps_per_epoch + first)
@@ -150,14 +145,10 @@ class Run:
             self._save(accuracy)
         if is_best:
             self.best = row
-        with contextlib.suppress(OSError):
-            tqdm.tqdm.write(
-                f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  "
-                f"validation {100 * accuracy:6.2f} %  "
-                f"{row['examples_per_second']:,.0f} examples/s",
-                file=sys.stdout,
-            )
-            sys.stdout.flush()
+        progress.write(
+            f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  validation {100 * accuracy:6.2f} %  "
+            f"{row['examples_per_second']:,.0f} examples/s"
+        )
 
     def _save(self, accuracy: float = UNKNOWN) -> None:
         # Copies: they are written while the run goes on.
@@ -202,6 +193,7 @@ class Run:
             "epochs_completed": len(self.folder.metrics),
             "epochs": self.config.epochs,
             "steps": self.step,
+            "steps_per_epoch": self.experiment.steps_per_epoch,
             "checkpoint_epoch": self.best and self.best["epoch"],
             "validation_accuracy": self.best and self.best["validation_accuracy"],
             "test_accuracy": test_accuracy,
@@ -220,20 +212,3 @@ class Run:
     def close(self) -> None:
         """Waits for checkpoints that are being written."""
         self.checkpoints.close()
-
-
-@contextlib.contextmanager
-def _progress_bar(total: int, initial: int) -> Iterator[tqdm.tqdm]:
-    """On standard error, which may be gone when it is closed."""
-    bar = tqdm.tqdm(
-        total=total,
-        initial=initial,
-        unit="step",
-        file=sys.stderr,
-        disable=not processes.is_first(),
-    )
-    try:
-        yield bar
-    finally:
-        with contextlib.suppress(OSError):
-            bar.close()

@@ -7,7 +7,6 @@ import itertools
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -16,9 +15,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import tqdm
 
-from experiments import capacity, data, results, train
+from experiments import capacity, data, progress, results, train
 from experiments.checkpoints import Checkpoints
 from experiments.config import Config
 from experiments.experiment import Experiment, load
@@ -119,33 +117,30 @@ class SweepRun:
         """
         begun = time.perf_counter()
         total = sum(run.epochs or 0 for run in self._missing)
-        with tqdm.tqdm(total=total, unit="epoch", file=sys.stderr) as bar:
+        with progress.shown(total, "epoch") as bar:
             ways = [self._train_group(group, bar) for group in self._groups]
         shutil.rmtree(self._folder / "under-way", ignore_errors=True)
         together = time.perf_counter() - begun
         return self._speed(together) if ways and all(ways) and not self._restored else None
 
-    def _train_group(self, group: list[Config], bar: tqdm.tqdm) -> bool:
+    def _train_group(self, group: list[Config], bar: progress.Bar) -> bool:
         """Trains runs that share a program; whether several of them at once."""
         label = label_of(group[0].method, group[0].perturbation)
         if isinstance(self._dataset.train, data.Stream):
             for run in group:
                 if run in self._missing:
                     self._add([_trained_alone(run, self._folder / "runs")])
-                    _show(bar, run.epochs or 0)
+                    bar.advance(run.epochs or 0)
                 if self._interruption.signal is not None:
                     raise KeyboardInterrupt
             return False
         runs, begun = len(self._missing.intersection(group)), time.perf_counter()
         experiment = Experiment(group[0], self._dataset)
         program = capacity.program(experiment, len(group), self._limit)
-        # Whoever looked may be gone: no reason to lose the runs.
-        with contextlib.suppress(OSError):
-            bar.write(
-                f"{label}, {group[0].epochs} epochs: {runs} runs, {program.count} at once, "
-                f"compiled in {time.perf_counter() - begun:.1f} s",
-                file=sys.stdout,
-            )
+        progress.write(
+            f"{label}, {group[0].epochs} epochs: {runs} runs, {program.count} at once, "
+            f"compiled in {time.perf_counter() - begun:.1f} s"
+        )
         for first in range(0, len(group), program.count):
             whole = group[first : first + program.count]
             if part := [run for run in whole if run in self._missing]:
@@ -153,7 +148,7 @@ class SweepRun:
         return program.at_once
 
     def _train_part(
-        self, experiment: Experiment, program: Replicas, part: list[Config], bar: tqdm.tqdm
+        self, experiment: Experiment, program: Replicas, part: list[Config], bar: progress.Bar
     ) -> list[Result]:
         """Trains as many runs as the program is for, or fewer, from their last checkpoint."""
         inputs = program.inputs(part, self._labels)
@@ -162,21 +157,21 @@ class SweepRun:
         seconds: list[float] = []
         checkpoints = Checkpoints(self._folder / "under-way" / _name_of(part, program.count), 1)
         if saved := checkpoints.steps():
-            population, progress = checkpoints.restore(saved[-1], population)
-            history, seconds = progress["history"], progress["seconds"]
+            population, so_far = checkpoints.restore(saved[-1], population)
+            history, seconds = so_far["history"], so_far["seconds"]
             self._restored = True
-            _show(bar, len(history) * len(part))
+            bar.advance(len(history) * len(part))
         saved_at = time.perf_counter()
         for number in range(len(history), part[0].epochs or 0):
             begun = time.perf_counter()
             population, epoch = program.epoch(population, inputs, number)
             seconds.append(time.perf_counter() - begun)
             history.append([values.tolist() for values in epoch])
-            _show(bar, len(part))
+            bar.advance(len(part))
             stopping = self._interruption.signal is not None
             if stopping or time.perf_counter() - saved_at > SECONDS_BETWEEN_SAVES:
-                progress = {"history": list(history), "seconds": list(seconds)}
-                checkpoints.save(number + 1, population, progress)
+                so_far = {"history": list(history), "seconds": list(seconds)}
+                checkpoints.save(number + 1, population, so_far)
                 saved_at = time.perf_counter()
             if stopping:
                 checkpoints.close()
@@ -218,12 +213,6 @@ class SweepRun:
             if self._interruption.signal is not None:
                 raise KeyboardInterrupt
         return Speed(self.missing, together, by_training, steps_alone)
-
-
-def _show(bar: tqdm.tqdm, epochs: int) -> None:
-    # Whoever looked may be gone: no reason to lose the runs.
-    with contextlib.suppress(OSError):
-        bar.update(epochs)
 
 
 def _seconds_of_training(run: Config) -> float:
