@@ -147,7 +147,7 @@ def _note_continuation(origin: dict[str, Any], about: dict[str, Any]) -> None:
     """Into `origin`, what now computes if it is not what computed before."""
     now = {name: about[name] for name in ("versions", "hardware")}
     before = [origin, *origin.get("continued", [])][-1]
-    if now != {name: before[name] for name in now}:
+    if now != {name: before.get(name) for name in now}:
         origin["continued"] = [*origin.get("continued", []), now]
 
 

@@ -9,7 +9,7 @@ Of several tasks each has a folder of its own in the folder.
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,16 +129,29 @@ def write_about(folder: Path, about: dict[str, Any]) -> None:
 def read(folder: Path) -> list[Comparison]:
     """The results in a folder that `experiments.compare` or `experiments.train` wrote.
 
-    A folder of such comparisons is all of them.
+    A folder of such folders is all of them.
 
     Raises:
-        ArgumentError: if there are none.
+        ArgumentError: if there are none, or one of them is not finished.
     """
+    found = list(_folders(folder)) if folder.is_dir() else []
+    return list(map(_read, found or [folder]))
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    if (folder / "comparison.json").exists() or (folder / "config.json").exists():
+        yield folder
+        return
+    for child in sorted(folder.iterdir()):
+        if child.is_dir():
+            yield from _folders(child)
+
+
+def _read(folder: Path) -> Comparison:
     try:
-        known = [folder / "comparison.json", *sorted(folder.glob("*/comparison.json"))]
-        comparisons = [_read_comparison(path.parent) for path in known if path.exists()]
-        return comparisons or [_read_run(folder)]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        is_comparison = (folder / "comparison.json").exists()
+        return _read_comparison(folder) if is_comparison else _read_run(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArgumentError(f"{folder} cannot be read as results: {error}") from error
 
 
@@ -226,7 +239,8 @@ def _read_run(folder: Path) -> Comparison:
     finished = status == FINISHED
     values = values_of(config)
     # The default, an epoch, has no value in a grid.
-    if values.get("update_every") == summary["steps"] // (config.epochs or 1):
+    per_epoch = summary.get("steps_per_epoch", summary["steps"] // (config.epochs or 1))
+    if values.get("update_every") == per_epoch:
         del values["update_every"]
     rows = files.read_csv(folder / "metrics.csv")
     speeds = [float(row["examples_per_second"]) for row in rows]

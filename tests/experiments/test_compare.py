@@ -239,6 +239,10 @@ def test_what_is_under_way_is_of_its_own_grid(tmp_path, capsys, monkeypatch):
     status, _, err = run(capsys, *GRID, "--output", folder)
     assert status == 2
     assert f"--output {folder} has no comparison that can go on" in err
+    (folder / "comparison.json").write_text("[]")
+    status, _, err = run(capsys, "--from", folder, "--output", tmp_path / "report")
+    assert status == 2
+    assert f"{folder} cannot be read as results" in err
 
 
 def test_a_folder_in_use_is_left_to_its_process(tmp_path, capsys):
@@ -354,6 +358,13 @@ def test_results_are_merged(finished, tmp_path, capsys):
     status, _, err = run(capsys, *GRID, "--output", again)
     assert status == 2
     assert "has no comparison that can go on" in err
+    # All that is in a folder.
+    everything = tmp_path / "everything"
+    shutil.copytree(output, tmp_path / "all" / "merged")
+    shutil.copytree(single, tmp_path / "all" / "single")
+    status, _, err = run(capsys, "--from", tmp_path / "all", "--output", everything)
+    assert status == 0, err
+    assert (everything / "summary.csv").read_text() == (output / "summary.csv").read_text()
 
 
 @pytest.mark.parametrize(
@@ -405,15 +416,18 @@ def test_results_that_differ_are_not_merged(finished, tmp_path, capsys):
 
 
 def test_runs_of_training_that_diverged_or_are_another_method(tmp_path, capsys):
-    task = {"epochs": 1, "train_examples": 96, "method": "sam", "devices": 1}
+    task = {"epochs": 2, "train_examples": 96, "method": "sparse-dynamic", "devices": 1}
     train.train(Config(**task, output=tmp_path / "good"))
+    # In the middle of the first epoch.
     with pytest.raises(NonFiniteLossError):
-        train.train(Config(**task, rho=1e30, output=tmp_path / "bad"))
+        train.train(Config(**task, learning_rate=1e30, output=tmp_path / "bad"))
     output = tmp_path / "report"
     status, _, err = run(capsys, "--from", tmp_path / "good", tmp_path / "bad", "--output", output)
     assert status == 0, err
     text = (output / "report.md").read_text()
-    assert re.search(r"sam with .*rho 1e\+30.*: 1 of 1 runs diverged", text)
+    (told,) = re.findall(r"sparse-dynamic with (.*): 1 of 1 runs diverged", text)
+    assert "learning_rate 1e+30" in told
+    assert "update_every" not in told
     own = {"devices": 8, "parallelism": "shard_map", "batch_statistics": "per-device"}
     train.train(Config(**task | own, output=tmp_path / "own"))
     status, _, err = run(capsys, "--from", tmp_path / "own", "--output", tmp_path / "none")
