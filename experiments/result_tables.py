@@ -12,7 +12,7 @@ from pathlib import Path
 from experiments import command_line, files, results
 from experiments.report import labels_in_words, setting_in_words, task_in_words
 from experiments.results import Comparison
-from experiments.significance import LEVEL
+from experiments.significance import LEVEL, Difference
 from experiments.table import PLAIN, Row, label_of, rows_of
 
 ROOT = Path(__file__).parents[1]
@@ -120,16 +120,20 @@ def _seeds_of(columns: Sequence[dict[tuple[str, int], Row]]) -> str:
 def _cell(row: Row) -> str:
     if row.best is None or row.test is None:
         return "diverged"
-    better = [
-        difference is not None and p is not None and p <= 1 - LEVEL and difference.estimate.mean > 0
-        for difference, p in zip((row.same_epochs, row.same_gradients), row.p_values, strict=True)
-    ]
     text = f"{100 * row.test.mean:.2f}"
     if row.test.count > 1:
         text += f" ± {100 * row.test.standard_error:.2f}"
-    text = f"**{text}**" if better[0] else text
+    emphasis = {1: "**", 0: "", -1: "*"}[_sign(row.same_epochs, row.p_values[0])]
+    mark = {1: " †", 0: "", -1: " ‡"}[_sign(row.same_gradients, row.p_values[1])]
     rho = row.best.values.get("rho")
-    return text + (" †" if better[1] else "") + ("" if rho is None else f" (rho {rho:g})")
+    return f"{emphasis}{text}{emphasis}{mark}" + ("" if rho is None else f" (rho {rho:g})")
+
+
+def _sign(difference: Difference | None, p_value: float | None) -> int:
+    """1 if significantly better, -1 if worse, 0 if neither."""
+    if difference is None or p_value is None or p_value > 1 - LEVEL:
+        return 0
+    return 1 if difference.estimate.mean > 0 else -1
 
 
 @dataclasses.dataclass(frozen=True)

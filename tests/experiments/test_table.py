@@ -118,6 +118,23 @@ def test_few_pairs_and_few_seeds_are_told(tmp_path):
     assert "p = 0.25 (3 seeds) |" in (tmp_path / "report.md").read_text()
 
 
+def test_accuracies_in_the_documentation():
+    worse = results_of("asam", 0.4, rho=1.0)
+    like_sgd = results_of("gsam", 0.5, rho=0.1)
+    results = [*SGD, *SGD_LONGER, *SAM, *worse, *like_sgd]
+    about = {"command": "the command"}
+    text = result_tables.test_accuracies([Comparison(TASK, results, [about])])
+    for line in (
+        "| sgd | 10 | 50.88 ± 0.30 |",
+        "| sgd | 20 | 60.87 ± 0.30 |",
+        "| sam | 10 | **70.88 ± 0.30** † (rho 0.1) |",
+        "| asam | 10 | *40.88 ± 0.30* ‡ (rho 1) |",
+        "| gsam | 10 | 50.88 ± 0.30 ‡ (rho 0.1) |",
+        "the command",
+    ):
+        assert line in text.splitlines()
+
+
 def test_radii_in_the_documentation():
     """Of several hyperparameters the others are those that were chosen."""
     results = [*SGD]
