@@ -102,6 +102,15 @@ def test_one_on_each_device(model):
     check(runs[1:], *together(runs, at_once=False, devices=jax.devices()[:2]))
 
 
+def test_the_last_launch_of_an_epoch_may_be_shorter(monkeypatch):
+    runs = configs(method="bisam-log")
+    expected = together(runs)
+    # Of three steps.
+    monkeypatch.setattr("experiments.experiment.STEPS_AT_ONCE", 2)
+    for result, other in zip(together(runs), expected, strict=True):
+        np.testing.assert_allclose(result, other, rtol=1e-6)
+
+
 def test_replicas_over_devices_and_places_that_are_filled_up():
     runs = configs(method="bisam-log")
     check(runs, *together(runs, count=8, devices=jax.devices()[:4]))
@@ -142,6 +151,8 @@ def test_as_many_at_once_as_fit(monkeypatch):
     assert capacity.program(experiment, 3, None).count == 3
     # Parts as even as can be.
     assert capacity.program(experiment, 10, 9).count == 5
+    # Never more than the limit, and as many on each of eight devices.
+    assert capacity.program(experiment, 9, 9).count == 8
     each = many.bytes / many.count * jax.local_device_count()
     free = 20.5 * each / capacity.SHARE_OF_MEMORY
     monkeypatch.setattr(memory, "free_bytes", lambda: free)
