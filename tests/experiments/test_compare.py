@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from experiments import compare, replicas, sweep_run, train
@@ -71,6 +72,13 @@ def test_the_grid(finished):
         assert int(row["checkpoint_epoch"]) == max(
             epoch for epoch, value in enumerate(course, 1) if value == max(course)
         )
+
+
+def test_among_equal_epochs_the_last_is_tested():
+    run = Config(seed=3).resolved()
+    curve = np.asarray([[1.0, 0.5, 1.0], [0.9, 0.7, 1.0], [0.8, 0.7, 1.1], [0.7, 0.6, 1.2]])
+    result = sweep_run._result(run, 4, curve, 0.6, 1.0, 1)
+    assert (result.checkpoint_epoch, result.validation_accuracy) == (3, 0.7)
 
 
 def test_what_is_printed(finished):
@@ -192,8 +200,12 @@ def test_a_stopped_comparison_goes_on(tmp_path, capsys, monkeypatch):
         with pytest.raises(MemoryError):
             run(capsys, *grid, "--output", stopped)
     assert epochs == [2, 3]
-    status, _, err = run(capsys, *grid, "--output", stopped)
+    epochs.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(replicas.Replicas, "epoch", counted_in(epochs))
+        status, _, err = run(capsys, *grid, "--output", stopped)
     assert status == 0, err
+    assert epochs == [3]
     assert not (stopped / "under-way").exists()
     assert (stopped / "curves.csv").read_text() == (whole / "curves.csv").read_text()
     rows, expected = rows_of(stopped / "runs.csv"), rows_of(whole / "runs.csv")
@@ -202,26 +214,31 @@ def test_a_stopped_comparison_goes_on(tmp_path, capsys, monkeypatch):
     assert rows == expected
 
 
-def test_parts_are_found_again(tmp_path, capsys, monkeypatch):
-    """Also when fewer runs are left than a program is for."""
-    grid = ["--methods", "sam", *SMALL, "--seeds", 3, "--epochs", 3, "--replicas-at-once", 2]
-    grid += ["--output", tmp_path / "new"]
-    with monkeypatch.context() as patch:
-        patch.setattr(compare, "Interruption", lambda: Interrupted(5))
-        status, _, _ = run(capsys, *grid)
-    assert status == 130
-    assert len(rows_of(tmp_path / "new" / "runs.csv")) == 2
-    epochs = []
+def counted_in(epochs):
     epoch = replicas.Replicas.epoch
 
     def counted(self, population, inputs, number):
         epochs.append(number)
         return epoch(self, population, inputs, number)
 
-    monkeypatch.setattr(replicas.Replicas, "epoch", counted)
+    return counted
+
+
+@pytest.mark.parametrize(("stopped_in", "left"), [(5, [2]), (6, [])])
+def test_parts_are_found_again(stopped_in, left, tmp_path, capsys, monkeypatch):
+    """Also when fewer runs are left than a program is for, or nothing but their results."""
+    grid = ["--methods", "sam", *SMALL, "--seeds", 3, "--epochs", 3, "--replicas-at-once", 2]
+    grid += ["--output", tmp_path / "new"]
+    with monkeypatch.context() as patch:
+        patch.setattr(compare, "Interruption", lambda: Interrupted(stopped_in))
+        status, _, _ = run(capsys, *grid)
+    assert status == 130
+    assert len(rows_of(tmp_path / "new" / "runs.csv")) == 2
+    epochs = []
+    monkeypatch.setattr(replicas.Replicas, "epoch", counted_in(epochs))
     status, _, err = run(capsys, *grid)
     assert status == 0, err
-    assert epochs == [2]
+    assert epochs == left
 
 
 def test_what_is_under_way_is_of_its_own_grid(tmp_path, capsys, monkeypatch):
