@@ -139,10 +139,11 @@ def _in_short(rows: list[Row], baseline: str) -> str:
         ]
         told = "; ".join(said) or "no difference is significant"
         sentences.append(f"Against {name}: {told}.")
-    made = [d for row in rows for d in (row.same_epochs, row.same_gradients) if d]
-    family, seeds = len(made), max((d.estimate.count for d in made), default=0)
+    differences = [d for row in rows for d in (row.same_epochs, row.same_gradients) if d]
+    family = len(differences)
+    seeds = max((d.estimate.count for d in differences), default=0)
     smallest = family * 2.0 ** (1 - seeds)
-    if made and smallest > 1 - LEVEL:
+    if differences and smallest > 1 - LEVEL:
         sentences.append(
             f"With {seeds} seeds and {family} comparisons no p-value can be below "
             f"{min(smallest, 1):.2g}: nothing could have been significant here."

@@ -138,7 +138,7 @@ def _sign(difference: Difference | None, p_value: float | None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """None."""
+    """There are none."""
 
 
 def main(args: Sequence[str] | None = None) -> None:

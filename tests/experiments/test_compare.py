@@ -1,12 +1,10 @@
 """The comparison, as its users run it."""
 
 import base64
-import csv
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 
@@ -14,36 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import compare, replicas, sweep_run, train
+from experiments import files, replicas, sweep_run, train
 from experiments.config import Config
 from experiments.run import NonFiniteLossError
-from tests.experiments import tiny_dataset
+from tests.experiments.comparison import GRID, SMALL, run
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
-SMALL = ["--epochs", 2, "--train-examples", 96, "--seeds", 2, "--label-noise", 0.3]
-GRID = ["--methods", "sgd", "sam", "--rho", 0.05, 0.5, *SMALL]
-
-
-def run(capsys, *args):
-    """Exit status, standard output, standard error of the script in this process."""
-    status = 0
-    try:
-        compare.main([str(arg) for arg in args])
-    except SystemExit as exit_:
-        status = exit_.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
-
-
-@pytest.fixture(autouse=True)
-def no_run_is_timed_alone(monkeypatch):
-    monkeypatch.setattr(sweep_run, "SECONDS_TO_TIME_RUNS_ALONE", 0)
-
-
-def rows_of(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
+pytestmark = pytest.mark.usefixtures("quick_compilation", "no_run_is_timed_alone")
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +32,13 @@ def finished(tmp_path_factory):
 
 
 def test_the_grid(finished):
-    rows = rows_of(finished[0] / "runs.csv")
+    rows = files.read_csv(finished[0] / "runs.csv")
     runs = [(row["method"], row["epochs"], row["rho"], row["seed"]) for row in rows]
     expected = [("sgd", epochs, "", seed) for epochs in ("2", "4") for seed in "01"]
     expected += [("sam", "2", rho, seed) for rho in ("0.05", "0.5") for seed in "01"]
     assert sorted(runs) == sorted(expected)
     assert {(row["method"], row["gradients"]) for row in rows} == {("sgd", "1"), ("sam", "2")}
-    curves = rows_of(finished[0] / "curves.csv")
+    curves = files.read_csv(finished[0] / "curves.csv")
     assert len(curves) == sum(int(row["epochs"]) for row in rows)
     for row in rows:
         course = [float(c["validation_accuracy"]) for c in curves if c["run"] == row["run"]]
@@ -92,11 +66,11 @@ def test_the_report(finished):
     folder, _ = finished
     text = (folder / "report.md").read_text()
     assert "## digits, 96 examples, mlp, batch 32, 30 % wrong labels" in text
-    summary = rows_of(folder / "summary.csv")
+    summary = files.read_csv(folder / "summary.csv")
     assert [row["method"] for row in summary] == re.findall(r"^\| (\S+) \|", text, re.M)[2:]
     accuracies = [float(row["test_accuracy"]) for row in summary]
     assert accuracies == sorted(accuracies, reverse=True)
-    runs = rows_of(folder / "runs.csv")
+    runs = files.read_csv(folder / "runs.csv")
     for row in summary:
         mine = [r for r in runs if (r["method"], r["epochs"]) == (row["method"], row["epochs"])]
         rho = row["chosen"].removeprefix("rho ")
@@ -135,7 +109,7 @@ def test_the_page_needs_no_other_file(finished):
     encoded = "data:image/svg+xml;base64,"
     assert sorted(base64.b64decode(s.removeprefix(encoded)).decode() for s in sources) == images
     assert page.count("<table>") == 1
-    assert page.count("<tr>") == 1 + len(rows_of(folder / "summary.csv"))
+    assert page.count("<tr>") == 1 + len(files.read_csv(folder / "summary.csv"))
 
 
 def test_the_same_numbers_with_fewer_at_once(finished, tmp_path, capsys):
@@ -145,132 +119,13 @@ def test_the_same_numbers_with_fewer_at_once(finished, tmp_path, capsys):
     assert status == 0, err
     assert "4 runs, 1 at once" in out
     for row, expected in zip(
-        rows_of(output / "runs.csv"), rows_of(folder / "runs.csv"), strict=True
+        files.read_csv(output / "runs.csv"), files.read_csv(folder / "runs.csv"), strict=True
     ):
         for name in ("method", "rho", "seed", "checkpoint_epoch"):
             assert row[name] == expected[name]
         # Rounding errors turn single predictions, of 180 and 360.
         for name, few in (("validation_accuracy", 3 / 180), ("test_accuracy", 3 / 360)):
             assert float(row[name]) == pytest.approx(float(expected[name]), abs=few)
-
-
-class Interrupted:
-    """As if Ctrl-C came during an epoch."""
-
-    def __init__(self, epoch):
-        self.left = epoch
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    @property
-    def signal(self):
-        self.left -= 1
-        return signal.SIGINT if self.left == 0 else None
-
-
-def test_a_stopped_comparison_goes_on(tmp_path, capsys, monkeypatch):
-    grid = ["--methods", "sgd", "sam", "--no-equal-gradients", *SMALL, "--epochs", 4]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run(capsys, *grid, "--output", whole)
-    # During the second method's second epoch.
-    with monkeypatch.context() as patch:
-        patch.setattr(compare, "Interruption", lambda: Interrupted(6))
-        status, _, err = run(capsys, *grid, "--output", stopped)
-    assert status == 130
-    assert f"the same command goes on from here, with --output {stopped}" in err
-    assert [row["method"] for row in rows_of(stopped / "runs.csv")] == ["sgd"] * 2
-
-    # Lost during the fourth: what was saved before is not computed again.
-    epochs = []
-    epoch = replicas.Replicas.epoch
-
-    def lost(self, population, inputs, number):
-        epochs.append(number)
-        if number == 3:
-            raise MemoryError
-        return epoch(self, population, inputs, number)
-
-    monkeypatch.setattr(sweep_run, "SECONDS_BETWEEN_SAVES", 0)
-    with monkeypatch.context() as patch:
-        patch.setattr(replicas.Replicas, "epoch", lost)
-        with pytest.raises(MemoryError):
-            run(capsys, *grid, "--output", stopped)
-    assert epochs == [2, 3]
-    epochs.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(replicas.Replicas, "epoch", counted_in(epochs))
-        status, _, err = run(capsys, *grid, "--output", stopped)
-    assert status == 0, err
-    assert epochs == [3]
-    assert not (stopped / "under-way").exists()
-    assert (stopped / "curves.csv").read_text() == (whole / "curves.csv").read_text()
-    rows, expected = rows_of(stopped / "runs.csv"), rows_of(whole / "runs.csv")
-    for row in rows + expected:
-        del row["milliseconds_per_step"]
-    assert rows == expected
-
-
-def counted_in(epochs):
-    epoch = replicas.Replicas.epoch
-
-    def counted(self, population, inputs, number):
-        epochs.append(number)
-        return epoch(self, population, inputs, number)
-
-    return counted
-
-
-@pytest.mark.parametrize(("stopped_in", "left"), [(5, [2]), (6, [])])
-def test_parts_are_found_again(stopped_in, left, tmp_path, capsys, monkeypatch):
-    """Also when fewer runs are left than a program is for, or nothing but their results."""
-    grid = ["--methods", "sam", *SMALL, "--seeds", 3, "--epochs", 3, "--replicas-at-once", 2]
-    grid += ["--output", tmp_path / "new"]
-    with monkeypatch.context() as patch:
-        patch.setattr(compare, "Interruption", lambda: Interrupted(stopped_in))
-        status, _, _ = run(capsys, *grid)
-    assert status == 130
-    assert len(rows_of(tmp_path / "new" / "runs.csv")) == 2
-    epochs = []
-    monkeypatch.setattr(replicas.Replicas, "epoch", counted_in(epochs))
-    status, _, err = run(capsys, *grid)
-    assert status == 0, err
-    assert epochs == left
-
-
-def test_what_is_under_way_is_of_its_own_grid(tmp_path, capsys, monkeypatch):
-    """Or half a run with some labels would be finished with others."""
-    folder = tmp_path / "new"
-    with monkeypatch.context() as patch:
-        patch.setattr(compare, "Interruption", lambda: Interrupted(1))
-        assert run(capsys, *GRID, "--output", folder)[0] == 130
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    status, _, err = run(capsys, *GRID, "--label-noise", 0.1, "--output", folder)
-    assert status == 2
-    assert f"--output {folder} has another comparison: its --label-noise is 0.3, not 0.1" in err
-    assert sorted(path for path in folder.rglob("*") if path.is_file()) == files
-    (folder / "comparison.json").write_text("{")
-    status, _, err = run(capsys, *GRID, "--output", folder)
-    assert status == 2
-    assert f"--output {folder} has no comparison that can go on" in err
-    (folder / "comparison.json").write_text("[]")
-    status, _, err = run(capsys, "--from", folder, "--output", tmp_path / "report")
-    assert status == 2
-    assert f"{folder} cannot be read as results" in err
-
-
-def test_a_folder_in_use_is_left_to_its_process(tmp_path, capsys):
-    folder = tmp_path / "new"
-    folder.mkdir()
-    (folder / "comparison.json").write_text("another's")
-    with compare._locked(folder):
-        status, _, err = run(capsys, *GRID, "--output", folder)
-    assert status == 2
-    assert f"--output {folder} is in use by another process" in err
-    assert (folder / "comparison.json").read_text() == "another's"
 
 
 def test_what_goes_on_elsewhere_is_told(finished, tmp_path, capsys):
@@ -314,28 +169,6 @@ def test_another_grid_is_refused(finished, capsys):
     assert (folder / "runs.csv").read_text() == before
 
 
-def test_runs_of_streamed_images_are_trained_by_themselves(tmp_path, capsys):
-    tiny_dataset.write(tmp_path, "varied", train=45, sizes=tiny_dataset.VARIED)
-    args = ["--dataset", "varied", "--data-dir", tmp_path, "--image-size", 8, "--model", "mlp"]
-    args += ["--epochs", 1, "--batch-size", 8, "--workers", 0, "--seeds", 1]
-    args += ["--methods", "sparse-dynamic", "--rho", 0.05, 1e30]
-    folder = tmp_path / "comparison"
-    status, _, err = run(capsys, *args, "--output", folder)
-    assert status == 0, err
-    found = {row["rho"]: row for row in rows_of(folder / "runs.csv")}
-    assert {rho: row["status"] for rho, row in found.items()} == {
-        "0.05": "finished",
-        "1e+30": "diverged",
-    }
-    summaries = [json.loads(path.read_text()) for path in folder.glob("runs/*/summary.json")]
-    (finished,) = [summary for summary in summaries if summary["status"] == "finished"]
-    assert float(found["0.05"]["test_accuracy"]) == finished["test_accuracy"]
-    # What is there is not trained again.
-    before = (folder / "runs.csv").read_text()
-    run(capsys, *args, "--output", folder)
-    assert (folder / "runs.csv").read_text() == before
-
-
 def test_results_are_merged(finished, tmp_path, capsys):
     folder, _ = finished
     other, single = tmp_path / "other", tmp_path / "single"
@@ -347,7 +180,7 @@ def test_results_are_merged(finished, tmp_path, capsys):
     output = tmp_path / "report"
     status, _, err = run(capsys, "--from", folder, other, single, clean, "--output", output)
     assert status == 0, err
-    summary = rows_of(output / "summary.csv")
+    summary = files.read_csv(output / "summary.csv")
     noisy = [row for row in summary if "30 % wrong" in row["task"]]
     assert {row["method"]: row["seeds"] for row in noisy} == {
         "sgd": "2",
@@ -456,7 +289,7 @@ def test_a_run_that_diverged_is_told_and_not_chosen(tmp_path, capsys):
     args = ["--methods", "sam", "--rho", 1e30, 0.05, *SMALL, "--output", tmp_path / "new"]
     status, _, err = run(capsys, *args)
     assert status == 0, err
-    rows = rows_of(tmp_path / "new" / "runs.csv")
+    rows = files.read_csv(tmp_path / "new" / "runs.csv")
     assert {(row["rho"], row["status"]) for row in rows if row["method"] == "sam"} == {
         ("0.05", "finished"),
         ("1e+30", "diverged"),
@@ -464,6 +297,8 @@ def test_a_run_that_diverged_is_told_and_not_chosen(tmp_path, capsys):
     text = (tmp_path / "new" / "report.md").read_text()
     assert "2 of 2 runs diverged" in text
     (chosen,) = [
-        row["chosen"] for row in rows_of(tmp_path / "new" / "summary.csv") if row["method"] == "sam"
+        row["chosen"]
+        for row in files.read_csv(tmp_path / "new" / "summary.csv")
+        if row["method"] == "sam"
     ]
     assert chosen == "rho 0.05"

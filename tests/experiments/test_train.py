@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from experiments import compare, evaluate, files, launches, sweep_run, train
+from experiments import compare, evaluate, files, launches, train
 from experiments.config import Config
 from experiments.experiment import Experiment
 from experiments.training import keys_of
@@ -54,8 +54,8 @@ def test_no_arguments(tmp_path):
     assert re.search(r"\d\.\d\d GiB at most\)", out)
 
 
-def test_second_gradient_beats_label_noise(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_run, "SECONDS_TO_TIME_RUNS_ALONE", 0)
+@pytest.mark.usefixtures("no_run_is_timed_alone")
+def test_second_gradient_beats_label_noise(tmp_path):
     args = ["--methods", "sgd", "sam", "bisam-log", "--rho", "1", "--label-noise", "0.4"]
     args += ["--seeds", "3", "--no-equal-gradients", "--output", str(tmp_path / "new")]
     compare.main(args)
