@@ -1,37 +1,61 @@
-"""Bilevel Sharpness-Aware Minimization (BiSAM) as optax transformations."""
+"""Bilevel Sharpness-Aware Minimization (BiSAM) and the SAM family as optax transformations."""
 
-from bisam_jax.bilateral import BilateralState as BilateralState
-from bisam_jax.bilateral import bilateral_sam as bilateral_sam
-from bisam_jax.efficient import RandomSubsetState as RandomSubsetState
-from bisam_jax.efficient import efficient_sam as efficient_sam
-from bisam_jax.efficient import random_subset as random_subset
-from bisam_jax.friendly import FriendlyState as FriendlyState
-from bisam_jax.friendly import friendly as friendly
-from bisam_jax.friendly import friendly_sam as friendly_sam
-from bisam_jax.gradients import value_and_grad as value_and_grad
-from bisam_jax.gsam import gsam as gsam
-from bisam_jax.losses import log_lower_bound as log_lower_bound
-from bisam_jax.losses import margins as margins
-from bisam_jax.losses import perturbation_loss as perturbation_loss
-from bisam_jax.losses import tanh_lower_bound as tanh_lower_bound
-from bisam_jax.perturbations import ScheduledRadiusState as ScheduledRadiusState
-from bisam_jax.perturbations import adaptive_l2_ball as adaptive_l2_ball
-from bisam_jax.perturbations import l2_ball as l2_ball
-from bisam_jax.sampa import SampaState as SampaState
-from bisam_jax.sampa import sampa as sampa
-from bisam_jax.sharpness_aware import SharpnessAwareState as SharpnessAwareState
-from bisam_jax.sharpness_aware import asam as asam
-from bisam_jax.sharpness_aware import bisam as bisam
-from bisam_jax.sharpness_aware import sam as sam
-from bisam_jax.sharpness_aware import sharpness_aware as sharpness_aware
-from bisam_jax.sparse import DynamicMaskState as DynamicMaskState
-from bisam_jax.sparse import FisherMaskState as FisherMaskState
-from bisam_jax.sparse import dynamic_mask as dynamic_mask
-from bisam_jax.sparse import fisher_mask as fisher_mask
-from bisam_jax.sparse import fisher_scores as fisher_scores
-from bisam_jax.sparse import sparse_sam_dynamic as sparse_sam_dynamic
-from bisam_jax.sparse import sparse_sam_fisher as sparse_sam_fisher
-from bisam_jax.tilted import TiltedState as TiltedState
-from bisam_jax.tilted import tilted_sam as tilted_sam
+from bisam_jax._bilateral import BilateralState, bilateral_sam
+from bisam_jax._dynamic_mask import DynamicMaskState, dynamic_mask, sparse_sam_dynamic
+from bisam_jax._efficient import efficient_sam
+from bisam_jax._fisher_mask import FisherMaskState, fisher_mask, fisher_scores, sparse_sam_fisher
+from bisam_jax._friendly import FriendlyState, friendly, friendly_sam
+from bisam_jax._functional import functional_sam, logits_loss
+from bisam_jax._gsam import gsam
+from bisam_jax._look import LookState, look_sam
+from bisam_jax._random_subset import RandomSubsetState, random_subset
+from bisam_jax._sampa import SampaState, sampa
+from bisam_jax._sharpness_aware import SharpnessAwareState, asam, bisam, sam, sharpness_aware
+from bisam_jax._tilted import TiltedState, tilted_sam
+from bisam_jax._value_and_grad import value_and_grad
+from bisam_jax._weighted import weighted_sam
+from bisam_jax.losses import log_lower_bound, margins, perturbation_loss, tanh_lower_bound
+from bisam_jax.perturbations import ScheduledRadiusState, adaptive_l2_ball, l2_ball
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+__all__ = [
+    "BilateralState",
+    "DynamicMaskState",
+    "FisherMaskState",
+    "FriendlyState",
+    "LookState",
+    "RandomSubsetState",
+    "SampaState",
+    "ScheduledRadiusState",
+    "SharpnessAwareState",
+    "TiltedState",
+    "adaptive_l2_ball",
+    "asam",
+    "bilateral_sam",
+    "bisam",
+    "dynamic_mask",
+    "efficient_sam",
+    "fisher_mask",
+    "fisher_scores",
+    "friendly",
+    "friendly_sam",
+    "functional_sam",
+    "gsam",
+    "l2_ball",
+    "log_lower_bound",
+    "logits_loss",
+    "look_sam",
+    "margins",
+    "perturbation_loss",
+    "random_subset",
+    "sam",
+    "sampa",
+    "sharpness_aware",
+    "sparse_sam_dynamic",
+    "sparse_sam_fisher",
+    "tanh_lower_bound",
+    "tilted_sam",
+    "value_and_grad",
+    "weighted_sam",
+]

@@ -1,4 +1,4 @@
-"""Checks of concrete arguments; the values of traced ones pass unseen."""
+"""Checks of arguments: of their values where those are concrete, of types and shapes always."""
 
 import math
 from typing import Any
@@ -17,6 +17,7 @@ def check_scalar(
     minimum: float = -math.inf,
     maximum: float = math.inf,
     exclusive: bool = False,
+    exclusive_maximum: bool = False,
 ) -> None:
     """Raises unless `value` is one finite real number within the bounds.
 
@@ -24,8 +25,9 @@ def check_scalar(
         name: the argument's name, for the message.
         value: a number, or a NumPy or JAX scalar; of a tracer, only shape and dtype are checked.
         minimum: least allowed value, or the greatest refused one if `exclusive`.
-        maximum: greatest allowed value.
+        maximum: greatest allowed value, or the least refused one if `exclusive_maximum`.
         exclusive: whether `minimum` itself is refused.
+        exclusive_maximum: whether `maximum` itself is.
 
     Raises:
         TypeError: if `value` is not a real number.
@@ -45,10 +47,11 @@ def check_scalar(
     with np.errstate(over="ignore"):
         number = float(np.asarray(value, jnp.result_type(float)))
     too_small = number <= minimum if exclusive else number < minimum
-    if not math.isfinite(number) or too_small or number > maximum:
-        raise ValueError(
-            f"{name} must be finite{_bounds(minimum, maximum, exclusive)}, got {number}."
-        )
+    too_large = number >= maximum if exclusive_maximum else number > maximum
+    if not math.isfinite(number) or too_small or too_large:
+        lower = f", {'>' if exclusive else '>='} {minimum:g}" if minimum > -math.inf else ""
+        upper = f", {'<' if exclusive_maximum else '<='} {maximum:g}" if maximum < math.inf else ""
+        raise ValueError(f"{name} must be finite{lower}{upper}, got {number}.")
 
 
 def _is_real(value: Any) -> bool:
@@ -58,12 +61,6 @@ def _is_real(value: Any) -> bool:
         return False
     dtype = jnp.result_type(value)
     return jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
-
-
-def _bounds(minimum: float, maximum: float, exclusive: bool) -> str:
-    lower = f", {'>' if exclusive else '>='} {minimum:g}" if minimum > -math.inf else ""
-    upper = f", <= {maximum:g}" if maximum < math.inf else ""
-    return lower + upper
 
 
 def check_count(name: str, value: Any) -> None:
@@ -76,6 +73,19 @@ def check_count(name: str, value: Any) -> None:
     check_scalar(name, value, minimum=1)
     if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
+
+
+def check_static(name: str, value: Any) -> None:
+    """Raises if `value` is traced, although the shapes of the program depend on it.
+
+    Raises:
+        TypeError: names `static_args`, since `optax.inject_hyperparams` is what traces it.
+    """
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{name} shapes the program, so it cannot be traced: under optax.inject_hyperparams, "
+            f"pass static_args={name!r}."
+        )
 
 
 def as_key(key: Any) -> jax.Array:
@@ -97,18 +107,104 @@ def check_transformation(name: str, value: Any) -> None:
         )
 
 
-def check_loss(name: str, value: Any) -> Any:
-    """Returns what the user's loss function `name` returned, if it is a real floating scalar.
+def check_scalar_loss(name: str, value: Any) -> Any:
+    """Returns what the loss function `name` returned, if it is one real floating scalar.
 
     Raises:
         TypeError: if it is anything else.
     """
-    leaves = [] if value is None else jax.tree.leaves(value)
-    is_scalar = len(leaves) == 1 and leaves[0] is value and jnp.shape(leaves[0]) == ()
-    if not is_scalar or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        got = jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", value)
+    if not is_floating_array(value) or jnp.shape(value) != ():
         raise TypeError(
-            f"{name} must return one real floating scalar, got {got}: take the mean over the "
-            "batch, and return auxiliary outputs only in bisam_jax.value_and_grad(has_aux=True)."
+            f"{name} must return one real floating scalar, got {shapes_of(value)}: take the mean "
+            "over the batch, or use bisam_jax.value_and_grad, which takes one loss per example "
+            "and auxiliary outputs (has_aux=True)."
         )
     return value
+
+
+def is_floating_array(value: Any) -> bool:
+    """Whether `value` is one real floating array or number."""
+    leaves = [] if value is None else jax.tree.leaves(value)
+    alone = len(leaves) == 1 and leaves[0] is value
+    return alone and bool(jnp.issubdtype(jnp.result_type(value), jnp.floating))
+
+
+def shapes_of(tree: Any) -> Any:
+    """The tree with the dtype and shape of each leaf, for messages."""
+    return jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree)
+
+
+def check_params(params: Any) -> None:
+    """Raises unless `update` was given parameters, and all of them.
+
+    Raises:
+        ValueError: if they are missing, or masked by `optax.masked` or `optax.partition`.
+    """
+    if params is None:
+        raise ValueError("params is missing: call update(grads, state, params, loss_fn=...).")
+    check_not_masked(params)
+
+
+def check_not_masked(params: Any) -> None:
+    """Raises inside `optax.masked`, which would hand masked parameters to the user's functions."""
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
+        raise ValueError(
+            "optax.masked (or optax.partition) around a sharpness-aware transformation would hand "
+            "loss_fn masked parameters. To perturb only some leaves, freeze the others before the "
+            "ball: sharpness_aware(optax.chain(optax.transforms.freeze(mask), l2_ball(rho))). To "
+            "train only some leaves, mask what comes after it in the chain."
+        )
+
+
+def check_same_structure(name: str, tree: Any, params: Any) -> None:
+    """Raises unless `tree` has the leaves of `params`, in their shapes.
+
+    Raises:
+        ValueError: names `name`, the first leaf that differs and how.
+    """
+    got, expected = (
+        {
+            jax.tree_util.keystr(path): jnp.shape(leaf)
+            for path, leaf in jax.tree_util.tree_flatten_with_path(part)[0]
+        }
+        for part in (tree, params)
+    )
+    for path in expected:
+        if path not in got:
+            raise ValueError(f"{name} does not match params: no leaf at {path or 'the root'}.")
+        if got[path] != expected[path]:
+            raise ValueError(
+                f"{name} does not match params: shape {got[path]} at {path or 'the root'}, "
+                f"where params has {expected[path]}."
+            )
+    for path in got:
+        if path not in expected:
+            raise ValueError(
+                f"{name} does not match params, which has no leaf at {path or 'the root'}."
+            )
+    structures = jax.tree.structure(tree), jax.tree.structure(params)
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"{name} does not match params: its containers are {structures[0]}, where params has "
+            f"{structures[1]}."
+        )
+
+
+class MissingArgumentError(ValueError):
+    """An argument that a method needs is missing from the call.
+
+    A method is called by `update` or by `value_and_grad`, and each is mended in its own way.
+
+    Args:
+        problem: what is missing and why it is needed.
+        in_update: what to pass to `update`.
+        in_value_and_grad: what to pass to `value_and_grad`.
+    """
+
+    def __init__(self, problem: str, in_update: str, in_value_and_grad: str) -> None:
+        super().__init__(f"{problem}: {in_update}.")
+        self.for_value_and_grad = f"{problem}: {in_value_and_grad}."

@@ -1,6 +1,7 @@
 """Operations on trees of parameters and gradients, with norms in float32 at least."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -76,6 +77,15 @@ def fill_with_zeros(gradient: Tree, params: optax.Params) -> Tree:
     return jax.tree.map(fill, params, gradient)
 
 
+def merge(floats: Tree, params: optax.Params) -> optax.Params:
+    """`params` with the leaves of their floating part taken from `floats`."""
+    return jax.tree.map(lambda f, p: p if f is None else f, floats, params, is_leaf=_is_none)
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
 def as_cotangent(gradient: Tree, params: optax.Params) -> Tree:
     """A gradient of the floating part as JAX wants it: float0 in place of None."""
 
@@ -94,7 +104,7 @@ def perturb(params: optax.Params, eps: Tree) -> optax.Params:
         dtype = at_least_float32(_dtype(leaf))
         return jnp.asarray(leaf, dtype) + jnp.asarray(offset, dtype)
 
-    return jax.tree.map(add, eps, params, is_leaf=lambda leaf: leaf is None)
+    return jax.tree.map(add, eps, params, is_leaf=_is_none)
 
 
 def scale_to_norm(tree: Tree, norm: jax.typing.ArrayLike) -> Tree:
@@ -110,12 +120,14 @@ def scale_to_norm(tree: Tree, norm: jax.typing.ArrayLike) -> Tree:
     dtype = at_least_float32(*map(_dtype, leaves))
     magnitudes = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves]
     # The result does not depend on the scale, so neither does its derivative.
-    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, magnitudes))
+    largest = jax.lax.stop_gradient(fold(jnp.maximum, magnitudes))
     tiny = jnp.finfo(dtype).tiny
     is_zero = largest < tiny
     # XLA divides by multiplying with the reciprocal, which must not be subnormal.
     scale = jnp.clip(largest, tiny, 1 / tiny)
-    squares = sum(jnp.sum(jnp.square(jnp.asarray(leaf, dtype) / scale)) for leaf in leaves)
+    squares = fold(
+        jnp.add, [jnp.sum(jnp.square(jnp.asarray(leaf, dtype) / scale)) for leaf in leaves]
+    )
     factor = jnp.asarray(norm, dtype) / jnp.sqrt(jnp.where(is_zero, 1, squares))
     factor = jnp.where(is_zero, 0, jnp.where(jnp.isinf(largest), jnp.nan, factor))
 
@@ -139,23 +151,32 @@ def vdot(a: Tree, b: Tree) -> jax.Array:
     pairs = zip(*(jax.tree.leaves(float_part(tree)) for tree in (a, b)), strict=True)
     dtype = at_least_float32(*map(_dtype, jax.tree.leaves(float_part(a))))
     products = [jnp.sum(jnp.asarray(x, dtype) * jnp.asarray(y, dtype)) for x, y in pairs]
-    return sum(products, jnp.zeros([], dtype))
+    return fold(jnp.add, products) if products else jnp.zeros([], dtype)
 
 
-def map_floats(fn: Callable[..., jax.Array], tree: Tree, *rest: Tree) -> Tree:
-    """`fn` of the floating leaves, computed in float32 at least, in the dtypes of `tree`.
+def orthogonal_part(tree: Tree, direction: Tree) -> Tree:
+    """What is left of a tree without its part along a direction."""
+    unit = scale_to_norm(direction, 1.0)
+    along = vdot(tree, unit)
+    return jax.tree.map(lambda x, u: x - jnp.asarray(along, x.dtype) * u, tree, unit)
 
-    Leaves of `tree` that are not floating stay as they are.
+
+def fold(combine: Callable[[Any, Any], Any], scalars: list[jax.Array]) -> jax.Array:
+    """Combines the scalars of all leaves to one: their sum, or the maximum of such as are >= 0.
+
+    What every leaf is then scaled by depends on all of them. XLA on CPU copies such a chain of
+    operations into the program of each leaf, and compiles in the square of their number, unless
+    there is a loop in between, which it cannot copy. One as long as the square root of their
+    number costs an accelerator little.
     """
+    size = math.isqrt(len(scalars))
+    parts = [scalars[i : i + size] for i in range(0, len(scalars), size)]
+    stacked = jnp.stack([functools.reduce(combine, part) for part in parts])
 
-    def apply(leaf: Any, *others: Any) -> Any:
-        if not is_floating(leaf):
-            return leaf
-        dtype = at_least_float32(_dtype(leaf))
-        result = fn(*(jnp.asarray(x, dtype) for x in (leaf, *others)))
-        return jnp.asarray(result, _dtype(leaf))
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        return combine(total, stacked[i])
 
-    return jax.tree.map(apply, tree, *rest)
+    return jax.lax.fori_loop(0, len(parts), add, jnp.zeros_like(stacked[0]))
 
 
 def for_base_optimizer(
@@ -169,52 +190,3 @@ def for_base_optimizer(
     if grads is None or all(map(is_floating, jax.tree.leaves(params))):
         return fill_with_zeros(float_part(gradient), params)
     return jax.tree.map(cast, params, gradient, grads)
-
-
-def check_not_masked(params: optax.Params) -> None:
-    """Raises inside `optax.masked`, which would hand masked parameters to the user's functions."""
-
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
-        raise ValueError(
-            "optax.masked (or optax.partition) around a sharpness-aware transformation would hand "
-            "loss_fn masked parameters. To perturb only some leaves, freeze the others before the "
-            "ball: sharpness_aware(optax.chain(optax.transforms.freeze(mask), l2_ball(rho))). To "
-            "train only some leaves, mask what comes after it in the chain."
-        )
-
-
-def check_same_structure(name: str, tree: Tree, params: optax.Params) -> None:
-    """Raises unless `tree` has the leaves of `params`, in their shapes.
-
-    Raises:
-        ValueError: names `name`, the first leaf that differs and how.
-    """
-    got, expected = (
-        {
-            jax.tree_util.keystr(path): jnp.shape(leaf)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(part)[0]
-        }
-        for part in (tree, params)
-    )
-    for path in expected:
-        if path not in got:
-            raise ValueError(f"{name} does not match params: no leaf at {path or 'the root'}.")
-        if got[path] != expected[path]:
-            raise ValueError(
-                f"{name} does not match params: shape {got[path]} at {path or 'the root'}, "
-                f"where params has {expected[path]}."
-            )
-    for path in got:
-        if path not in expected:
-            raise ValueError(
-                f"{name} does not match params, which has no leaf at {path or 'the root'}."
-            )
-    structures = jax.tree.structure(tree), jax.tree.structure(params)
-    if structures[0] != structures[1]:
-        raise ValueError(
-            f"{name} does not match params: its containers are {structures[0]}, where params has "
-            f"{structures[1]}."
-        )

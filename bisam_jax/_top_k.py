@@ -1,4 +1,4 @@
-"""The largest entries of a whole tree."""
+"""Masks of a whole tree, and the one of its largest entries."""
 
 import itertools
 import math
@@ -14,6 +14,22 @@ from bisam_jax._trees import at_least_float32
 def size_of(tree: Any) -> int:
     """The number of entries of all leaves together."""
     return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def number_of(rounding: Callable[[Any], Any], n: int, share: Any) -> Any:
+    """`n * share`, rounded by `math.floor` or `math.ceil`.
+
+    A concrete share gives a Python integer, from double precision; a traced one an int32 scalar.
+    """
+    if isinstance(share, (int, float)):
+        return rounding(n * share)
+    traced = {math.floor: jnp.floor, math.ceil: jnp.ceil}[rounding]
+    return traced(n * jnp.asarray(share, jnp.result_type(float))).astype(jnp.int32)
+
+
+def masked(tree: Any, mask: Any) -> Any:
+    """The tree where `mask` holds, zero elsewhere."""
+    return jax.tree.map(lambda m, x: jnp.where(m, x, 0), mask, tree)
 
 
 def top_k_mask(scores: Any, k: jax.typing.ArrayLike) -> Any:

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from bisam_jax._checks import check_scalar
-from bisam_jax.perturbations import l2_ball
-from bisam_jax.sharpness_aware import sharpness_aware
+from bisam_jax._sharpness_aware import sharpness_aware
+from bisam_jax.perturbations import l2_ball_unless
 
 
 class FriendlyState(NamedTuple):
@@ -90,6 +90,8 @@ def friendly_sam(
     rho: optax.ScalarOrSchedule = 0.05,
     sigma: jax.typing.ArrayLike = 1.0,
     decay: jax.typing.ArrayLike = 0.9,
+    *,
+    perturbation: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Friendly SAM: :func:`sharpness_aware` with :func:`friendly` before an :func:`l2_ball`.
 
@@ -97,14 +99,30 @@ def friendly_sam(
         rho: radius of the ball: a scalar, possibly traced, or a schedule.
         sigma: how much of the running mean is taken away; with 0, this is SAM.
         decay: of the running mean.
+        perturbation: replaces the ball of radius ``rho``.
 
     Returns:
-        The transformation, as :func:`sharpness_aware`.
+        The transformation, as :func:`sharpness_aware`. It takes the running mean of what is
+        ascended.
+
+    Raises:
+        TypeError, ValueError: as :func:`sharpness_aware` and :func:`friendly`; if both ``rho`` and
+            ``perturbation`` are given.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> jnp.set_printoptions(precision=4, suppress=True)
+        >>> tx = friendly_sam(rho=0.5, sigma=1.0, decay=0.9)
+        >>> w = jnp.array([3.0, 4.0])
+        >>> grads, state = tx.update(None, tx.init(w), w, loss_fn=lambda w: jnp.sum(w**2))
+        >>> print(grads)
+        [6.6 8.8]
 
     References:
         Li et al., `Friendly Sharpness-Aware Minimization <https://arxiv.org/abs/2403.12350>`_, 2024
 
-    .. note:: Two gradients a step; state: one running mean, the size of the parameters. Agrees to
-        1e-9 in float64 with the authors' code.
+    .. note:: Two gradients per step; state: one running mean, the size of the parameters. Agrees
+        to 1e-9 in float64 with the authors' code.
     """
-    return sharpness_aware(optax.chain(friendly(sigma, decay), l2_ball(rho)))
+    ball = l2_ball_unless(perturbation, rho)
+    return sharpness_aware(optax.chain(friendly(sigma, decay), ball))

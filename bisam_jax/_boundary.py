@@ -1,0 +1,210 @@
+"""The boundary between a call of `update` and the rule of a method.
+
+On a user's side are parameters of any structure and dtype, and functions of them. On a rule's side
+are the floating leaves only, in float32 at least, and gradients of their structure.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import optax
+
+from bisam_jax._checks import (
+    MissingArgumentError,
+    check_not_masked,
+    check_params,
+    check_same_structure,
+    check_scalar_loss,
+)
+from bisam_jax._trees import float_part, for_base_optimizer, merge
+
+# Any, not optax.Params: a user's function may say `params: dict[str, Array]`.
+LossFn = Callable[[Any], Any]
+GradFn = Callable[[Any], Any]
+Init = Callable[[optax.Params], Any]
+
+
+class Rule(Protocol):
+    """A method's mathematics: from the losses at `params` to the gradient for the optimizer."""
+
+    def __call__(
+        self, losses: "TwoLosses", state: Any, params: optax.Params, /, **extra_args: Any
+    ) -> tuple[optax.Updates, Any]:
+        """Returns the descent gradient and the next state."""
+        ...
+
+
+class WithGradient:
+    """A loss function whose gradient at the parameters of this step is there already.
+
+    :func:`bisam_jax.value_and_grad` makes it of Q, since its clean pass has differentiated it.
+
+    Args:
+        fn: from parameters to the loss.
+        gradient: of no arguments, returns the gradient at the parameters.
+    """
+
+    def __init__(self, fn: LossFn, gradient: Callable[[], optax.Updates]) -> None:
+        self._fn, self.gradient = fn, gradient
+
+    def __call__(self, params: Any) -> Any:
+        """The loss at any parameters."""
+        return self._fn(params)
+
+
+class TwoLosses:
+    """The two players' losses on this batch: L, which is descended, and Q, which is ascended.
+
+    Points and gradients have the structure of the parameters' floating part. Every method
+    evaluates what it is asked for, and nothing before.
+
+    Args:
+        params: the user's parameters.
+        grads: the gradient of L at `params`, or None.
+        loss_fn: L, or None if `grad_fn` is given.
+        grad_fn: the gradient of L as a function, or None if `loss_fn` is given.
+        perturbation_loss_fn: Q, or None.
+        perturbation_grads: the gradient of Q at `params`, or None.
+
+    Raises:
+        ValueError: if neither or both forms of L are given, or both of Q.
+    """
+
+    def __init__(
+        self,
+        params: optax.Params,
+        grads: optax.Updates | None,
+        loss_fn: LossFn | None,
+        grad_fn: GradFn | None,
+        perturbation_loss_fn: LossFn | None,
+        perturbation_grads: optax.Updates | None,
+    ) -> None:
+        if (loss_fn is None) == (grad_fn is None):
+            got = "neither" if loss_fn is None else "both"
+            raise ValueError(
+                "exactly one of loss_fn (params -> scalar) and grad_fn (params -> gradients) is "
+                f"needed, got {got}: call update(grads, state, params, loss_fn=...)."
+            )
+        if perturbation_loss_fn is not None and perturbation_grads is not None:
+            raise ValueError(
+                "at most one of perturbation_loss_fn (params -> scalar) and perturbation_grads "
+                "(the gradient of Q at params) can be used, got both: remove one."
+            )
+        self._params, self._grads = params, grads
+        self._loss_fn, self._grad_fn = loss_fn, grad_fn
+        self._q, self._grads_of_q = perturbation_loss_fn, perturbation_grads
+
+    def gradient(self, point: optax.Params) -> optax.Updates:
+        """The gradient of L at a point."""
+        return self._gradient(merge(point, self._params))
+
+    def value_and_gradient(self, point: optax.Params) -> tuple[jax.Array, optax.Updates]:
+        """The value of L and its gradient at a point.
+
+        Raises:
+            MissingArgumentError: if L was given by its gradient.
+        """
+        if self._loss_fn is None:
+            raise MissingArgumentError(
+                "loss_fn is missing, and the method weighs gradients by losses",
+                "call update(grads, state, params, loss_fn=...) instead of grad_fn",
+                "pass loss_fn",
+            )
+        value_and_grad = jax.value_and_grad(checked("loss_fn", self._loss_fn), allow_int=True)
+        value, gradient = value_and_grad(merge(point, self._params))
+        return value, self._checked("the gradient of loss_fn", gradient)
+
+    @functools.cached_property
+    def clean_gradient(self) -> optax.Updates:
+        """The gradient of L at the parameters: the given one, or computed here."""
+        if self._grads is None:
+            return self._gradient(self._params)
+        return self._checked("grads", self._grads)
+
+    def ascent_gradient(self) -> optax.Updates:
+        """The gradient at the parameters of what is ascended: of Q, or of L without Q."""
+        if self._grads_of_q is not None:
+            return self._checked("perturbation_grads", self._grads_of_q)
+        if self._q is None:
+            return self.clean_gradient
+        if isinstance(self._q, WithGradient):
+            return self._checked("the gradient of perturbation_loss_fn", self._q.gradient())
+        return float_part(gradient_of("perturbation_loss_fn", self._q)(self._params))
+
+    def ascent_gradient_at(self, point: optax.Params) -> optax.Updates:
+        """The same at a point, which only functions can tell.
+
+        Raises:
+            MissingArgumentError: if Q was given by its gradient at the parameters.
+        """
+        if self._grads_of_q is not None:
+            raise MissingArgumentError(
+                "perturbation_grads holds at params, and the method ascends Q elsewhere",
+                "pass perturbation_loss_fn",
+                "pass perturbation_loss_fn",
+            )
+        if self._q is None:
+            return self.gradient(point)
+        return float_part(gradient_of("perturbation_loss_fn", self._q)(merge(point, self._params)))
+
+    def _gradient(self, params: optax.Params) -> optax.Updates:
+        if self._grad_fn is not None:
+            return self._checked("what grad_fn returned", self._grad_fn(params))
+        assert self._loss_fn is not None
+        return float_part(gradient_of("loss_fn", self._loss_fn)(params))
+
+    def _checked(self, name: str, gradient: optax.Updates) -> optax.Updates:
+        gradient = float_part(gradient)
+        check_same_structure(name, gradient, float_part(self._params))
+        return gradient
+
+
+def from_rule(init: Init, rule: Rule) -> optax.GradientTransformationExtraArgs:
+    """A transformation whose `update` takes the arguments that every method takes.
+
+    Args:
+        init: from the parameters' floating part to the state.
+        rule: see :class:`Rule`. It gets every extra argument that is not about the two losses.
+    """
+
+    def init_fn(params: optax.Params) -> Any:
+        check_not_masked(params)
+        return init(float_part(params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        loss_fn: LossFn | None = None,
+        grad_fn: GradFn | None = None,
+        perturbation_loss_fn: LossFn | None = None,
+        perturbation_grads: optax.Updates | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        check_params(params)
+        losses = TwoLosses(
+            params, updates, loss_fn, grad_fn, perturbation_loss_fn, perturbation_grads
+        )
+        gradient, state = rule(losses, state, float_part(params), **extra_args)
+        return for_base_optimizer(gradient, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def gives_q(extra_args: dict[str, Any]) -> bool:
+    """Whether Q or its gradient is among the arguments of `update`."""
+    names = ("perturbation_loss_fn", "perturbation_grads")
+    return any(extra_args.get(name) is not None for name in names)
+
+
+def gradient_of(name: str, fn: LossFn) -> GradFn:
+    """`jax.grad(fn)`, with an error that names the argument if `fn` is not a real scalar."""
+    return jax.grad(checked(name, fn), allow_int=True)
+
+
+def checked(name: str, fn: LossFn) -> LossFn:
+    """`fn`, with an error that names the argument if it does not return a real scalar."""
+    return lambda params: check_scalar_loss(name, fn(params))

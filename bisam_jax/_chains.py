@@ -1,0 +1,62 @@
+"""What stands where in a chain, as its state tells: a transformation itself is only two functions.
+
+`optax.chain` has a plain tuple of states, and the methods of this package have states of their own.
+"""
+
+from typing import Any
+
+import jax
+
+from bisam_jax._sampa import SampaState
+
+
+def check_is_first(state: Any) -> None:
+    """Raises if something comes before a method in its chain.
+
+    A method takes what it gets for the gradient of the loss at the parameters, and what it returns
+    is a gradient, which the optimizer must still see.
+
+    Raises:
+        ValueError: names the place in the chain.
+    """
+    if isinstance(state, (tuple, list)) and not hasattr(state, "_fields"):
+        for place, part in enumerate(state):
+            if place > 0 and _has_method(part):
+                raise ValueError(
+                    f"the sharpness-aware method is number {place + 1} in its chain, and must be "
+                    "the first: optax.chain(bisam(rho), ..., optimizer). What comes before it "
+                    "would change the gradient that it takes."
+                )
+        for part in state[:1]:
+            check_is_first(part)
+    elif hasattr(state, "inner_state"):
+        check_is_first(state.inner_state)
+
+
+def check_gives_gradients(state: Any, argument: str) -> None:
+    """Raises if more than a method is in `tx`: then it returns updates, not gradients.
+
+    Raises:
+        ValueError: names the argument of `value_and_grad` that needs gradients.
+    """
+    while hasattr(state, "inner_state"):
+        state = state.inner_state
+    is_chain = isinstance(state, (tuple, list, dict)) and not hasattr(state, "_fields")
+    if isinstance(state, SampaState):
+        raise ValueError(
+            f"{argument} cannot be used with sampa, which contains the base optimizer: it needs "
+            "the gradient, not the updates."
+        )
+    if is_chain:
+        raise ValueError(
+            f"{argument} needs a tx that is the method only, got a chain: take gradients from "
+            "value_and_grad(bisam(rho), ...), and pass them to the rest of the chain (clipping, "
+            "the base optimizer) by its own update."
+        )
+
+
+def _has_method(state: Any) -> bool:
+    def is_ours(node: Any) -> bool:
+        return type(node).__module__.split(".")[0] == __package__
+
+    return any(map(is_ours, jax.tree.leaves(state, is_leaf=is_ours)))

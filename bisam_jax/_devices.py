@@ -1,0 +1,167 @@
+"""What a step asks of the devices that share its batch, inside `pmap` or `shard_map`.
+
+Parameters and state are the same on every device, and each has its own part of the batch. Under
+`jax.jit` on a sharded batch there is nothing to ask: XLA lays one program over all of them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+LossesFn = Callable[[Any, Any], jax.Array]
+
+
+class OneDevice:
+    """The step sees the whole batch."""
+
+    def enter(self, params: Any) -> Any:
+        """The parameters, so that the gradient of a :meth:`mean` is that of the whole batch."""
+        return params
+
+    def own(self, tree: Any) -> Any:
+        """The tree as each device's own, so that gradients are those of its part of the batch."""
+        return tree
+
+    def mean(self, tree: Any) -> Any:
+        """The mean over the devices."""
+        return tree
+
+    def total(self, tree: Any) -> Any:
+        """The sum over the devices."""
+        return tree
+
+    def last(self, leaf: jax.Array) -> jax.Array:
+        """The leaf of the device with the last part of the batch."""
+        return leaf
+
+    def joined(self, losses: jax.Array) -> jax.Array:
+        """The losses of the whole batch, in its order."""
+        return losses
+
+    def losses_at(
+        self, losses_fn: LossesFn, params: Any, batch: Any, indices: jax.Array
+    ) -> jax.Array:
+        """The losses of the examples at `indices` of the whole batch."""
+        return losses_fn(params, jax.tree.map(lambda x: take(x, indices), batch))
+
+
+class OneOfMany(OneDevice):
+    """The step sees one device's part of the batch.
+
+    Args:
+        axis_name: of the mapped axis.
+    """
+
+    def __init__(self, axis_name: str) -> None:
+        self._axis = axis_name
+
+    @property
+    def _number(self) -> int:
+        return jax.lax.psum(1, self._axis)
+
+    def enter(self, params: Any) -> Any:
+        """See :class:`OneDevice`."""
+        if _is_checked(self._axis):
+            # Then JAX sums gradients over the devices by itself.
+            return self.own(params)
+        return _with_mean_gradient(params, self._axis)
+
+    def own(self, tree: Any) -> Any:
+        """See :class:`OneDevice`."""
+        if not _is_checked(self._axis):
+            return tree
+        return jax.tree.map(lambda x: _varying(x, self._axis), tree)
+
+    def mean(self, tree: Any) -> Any:
+        """See :class:`OneDevice`."""
+        return jax.lax.pmean(self.own(tree), self._axis)
+
+    def total(self, tree: Any) -> Any:
+        """See :class:`OneDevice`."""
+        return jax.lax.psum(self.own(tree), self._axis)
+
+    def last(self, leaf: jax.Array) -> jax.Array:
+        """See :class:`OneDevice`."""
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = self.last(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        is_last = jax.lax.axis_index(self._axis) == self._number - 1
+        kept = jnp.where(is_last, leaf, jnp.zeros_like(leaf))
+        if leaf.dtype == jnp.bool_:
+            return jax.lax.psum(kept.astype(jnp.int32), self._axis) > 0
+        return jax.lax.psum(kept, self._axis)
+
+    def joined(self, losses: jax.Array) -> jax.Array:
+        """See :class:`OneDevice`."""
+        # A sum of losses in their places: unlike what is gathered, it is the same everywhere for
+        # the checks too.
+        places = jnp.zeros((self._number, *losses.shape), losses.dtype)
+        places = self.own(places).at[jax.lax.axis_index(self._axis)].set(losses)
+        return jax.lax.psum(places, self._axis).reshape(-1)
+
+    def losses_at(
+        self, losses_fn: LossesFn, params: Any, batch: Any, indices: jax.Array
+    ) -> jax.Array:
+        """See :class:`OneDevice`; each device computes an equal share, if their number divides."""
+        whole = jax.tree.map(self._gathered, batch)
+        count = len(indices)
+        if count % self._number:
+            return self.mean(super().losses_at(losses_fn, params, whole, indices))
+        size = count // self._number
+        start = jax.lax.axis_index(self._axis) * size
+        share = jax.lax.dynamic_slice_in_dim(self.own(indices), start, size)
+        return self.joined(super().losses_at(losses_fn, params, whole, share))
+
+    def _gathered(self, leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = self._gathered(jax.random.key_data(leaf))
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        return jax.lax.all_gather(leaf, self._axis, tiled=True)
+
+
+def take(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """`x[indices]`, laid over the devices of an explicit mesh as `x` is."""
+    x = jnp.asarray(x)
+    sharding = jax.typeof(x).sharding
+    if sharding.mesh.are_all_axes_explicit:
+        return x.at[indices].get(out_sharding=sharding)
+    return x[indices]
+
+
+def _is_checked(axis_name: str) -> bool:
+    """Whether shard_map checks which values vary over the axis."""
+    return axis_name in _varies_over(jax.lax.axis_index(axis_name))
+
+
+def _varies_over(x: Any) -> frozenset:
+    aval = jax.typeof(x)
+    if hasattr(aval, "manual_axis_type"):
+        return aval.manual_axis_type.varying
+    return aval.vma  # JAX 0.7
+
+
+def _varying(x: Any, axis_name: str) -> Any:
+    """A value that is the same on all devices, as one that may differ; JAX 0.7 has no pcast."""
+    if axis_name in _varies_over(x):
+        return x
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axis_name, to="varying")
+    return jax.lax.pvary(x, axis_name)
+
+
+def _with_mean_gradient(params: Any, axis_name: str) -> Any:
+    """The identity, whose gradient is the mean over the devices.
+
+    Where nothing checks what varies, JAX takes each device's gradient for a value of its own.
+    """
+
+    @jax.custom_vjp
+    def identity(params: Any) -> Any:
+        return params
+
+    identity.defvjp(
+        lambda params: (params, None), lambda _, gradient: (jax.lax.pmean(gradient, axis_name),)
+    )
+    return identity(params)

@@ -1,0 +1,175 @@
+"""Functional SAM: perturb the network's Jacobian, not the loss of its outputs."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bisam_jax._boundary import GradFn, LossFn, gives_q
+from bisam_jax._checks import MissingArgumentError, check_params
+from bisam_jax._sharpness_aware import sharpness_aware
+from bisam_jax.perturbations import l2_ball_unless
+
+
+class FrozenLogits(NamedTuple):
+    """The gradient of a loss, where the slope of the loss at some parameters' logits is kept.
+
+    Attributes:
+        clean_gradient: of no arguments, returns the plain gradient at those parameters.
+        gradient_fn: from other parameters to their Jacobian's product with that slope.
+    """
+
+    clean_gradient: Callable[[], optax.Updates]
+    gradient_fn: GradFn
+
+
+class LogitsLoss:
+    """A loss function that knows its two halves; made by :func:`logits_loss`."""
+
+    def __init__(self, logits_fn: Callable[..., Any], loss: Callable[..., Any]) -> None:
+        self.logits_fn, self.loss = logits_fn, loss
+
+    def __call__(self, params: Any, *batch: Any) -> Any:
+        """The loss; with aux if `logits_fn` returns some."""
+        out = self.logits_fn(params, *batch)
+        if isinstance(out, tuple):
+            logits, aux = out
+            return self.loss(logits, *batch), aux
+        return self.loss(out, *batch)
+
+    def logits(self, params: Any, *batch: Any) -> Any:
+        """The logits only."""
+        out = self.logits_fn(params, *batch)
+        return out[0] if isinstance(out, tuple) else out
+
+    def frozen_at(self, params: Any) -> FrozenLogits:
+        """See :class:`FrozenLogits`; for a loss of the parameters only."""
+        logits, pullback = _pullback(self.logits, params)
+        slope = jax.grad(self.loss)(logits)
+        return FrozenLogits(
+            lambda: pullback(slope), lambda point: _pullback(self.logits, point)[1](slope)
+        )
+
+    def linear_at(self, params: Any) -> "Callable[[Any, Any], jax.Array]":
+        """A loss of a batch with the gradient of :class:`FrozenLogits`.
+
+        Args:
+            params: where the slope of the loss is taken.
+
+        Returns:
+            From parameters and a batch to the inner product of their logits and that slope.
+        """
+
+        def linear(point: Any, batch: Any) -> jax.Array:
+            clean = jax.lax.stop_gradient(self.logits(params, batch))
+            slope = jax.grad(lambda logits: self.loss(logits, batch).mean())(clean)
+            return jnp.sum(slope * self.logits(point, batch))
+
+        return linear
+
+
+def logits_loss(logits_fn: Callable[..., Any], loss: Callable[..., Any]) -> LogitsLoss:
+    """A loss function that knows its logits, for :func:`functional_sam`.
+
+    For every other method it is the plain function ``loss(logits_fn(params))``, so that a program
+    switches between them by the method's name.
+
+    Args:
+        logits_fn: from parameters to logits, floating[...]; for :func:`bisam_jax.value_and_grad`
+            from parameters and a batch. It may return ``(logits, aux)``.
+        loss: from logits to a scalar; for :func:`bisam_jax.value_and_grad` from logits and a batch
+            to a scalar mean, or to one loss per example.
+
+    Returns:
+        A function with the arguments of ``logits_fn`` that returns what ``loss`` returns, or a
+        pair of it and aux.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+        >>> loss_fn = logits_loss(lambda w: x @ w, lambda logits: jnp.mean(logits**2))
+        >>> print(loss_fn(jnp.array([1.0, 0.0])))
+        5.0
+    """
+    return LogitsLoss(logits_fn, loss)
+
+
+def functional_sam(
+    rho: optax.ScalarOrSchedule = 0.05,
+    *,
+    perturbation: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Functional SAM: sharpness of the network, not of the loss at its logits.
+
+    With :math:`z(w)` the logits, :math:`L = h(z(w))` and :math:`\epsilon = \rho\, a / \lVert a
+    \rVert`, where :math:`a` is the ascent gradient, returns
+
+    .. math:: J_{w + \epsilon}^\top \nabla h(z(w)), \qquad J_w = \partial z / \partial w:
+
+    the Jacobian at the perturbed point, applied to the slope of the loss at the clean logits. SAM
+    takes both at the perturbed point, and can lower the loss's own curvature by growing the
+    logits.
+
+    Args:
+        rho: radius of the ball: a scalar, possibly traced, or a schedule.
+        perturbation: replaces the ball of radius ``rho``.
+
+    Returns:
+        A transformation whose ``update`` takes what that of :func:`sharpness_aware` takes, except
+        ``grad_fn``: ``loss_fn`` must be made by :func:`logits_loss`, since the loss has to be cut
+        at the logits.
+
+    Raises:
+        TypeError, ValueError: as :func:`sharpness_aware`; if ``loss_fn`` does not know its logits;
+            if both ``rho`` and ``perturbation`` are given.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> jnp.set_printoptions(precision=4, suppress=True)
+        >>> tx = functional_sam(rho=0.5)
+        >>> w = jnp.array([3.0, 4.0])
+        >>> loss_fn = logits_loss(lambda w: w[0] * w[1], lambda z: 0.5 * z**2)
+        >>> grads, state = tx.update(None, tx.init(w), w, loss_fn=loss_fn)
+        >>> print(grads)
+        [51.6 40.8]
+
+    References:
+        Singh et al., `Avoiding spurious sharpness minimization broadens applicability of SAM
+        <https://arxiv.org/abs/2502.02407>`_, 2025
+
+    .. note:: Two gradients per step; no state. With a perturbation loss or with ``grads``, one
+        forward pass more, for the clean logits, unless the compiler merges it with yours.
+    """
+    step = sharpness_aware(l2_ball_unless(perturbation, rho))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        loss_fn: LossFn | None = None,
+        grad_fn: GradFn | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, Any]:
+        check_params(params)
+        frozen_at = getattr(loss_fn, "frozen_at", None)
+        if frozen_at is None or grad_fn is not None:
+            raise MissingArgumentError(
+                "functional_sam cuts the loss at the logits, and loss_fn does not know them",
+                "pass loss_fn=bisam_jax.logits_loss(logits_fn, loss)",
+                "pass bisam_jax.logits_loss(logits_fn, loss) for loss_fn",
+            )
+        frozen = frozen_at(params)
+        if updates is None and not gives_q(extra_args):
+            extra_args["perturbation_grads"] = frozen.clean_gradient()
+        return step.update(updates, state, params, grad_fn=frozen.gradient_fn, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(step.init, update_fn)
+
+
+def _pullback(fn: Callable[[Any], Any], params: Any) -> tuple[Any, GradFn]:
+    """`fn(params)`, and from a cotangent of it to the gradient."""
+    value, pullback = jax.vjp(fn, params)
+    return value, lambda cotangent: pullback(cotangent)[0]

@@ -1,0 +1,84 @@
+"""Stochastic weight perturbation: perturb a random part of the weights."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from bisam_jax._checks import as_key, check_same_structure, check_scalar
+
+
+class RandomSubsetState(NamedTuple):
+    """State of :func:`random_subset`.
+
+    Attributes:
+        subset_key: random key, from which the next subset comes.
+    """
+
+    subset_key: jax.Array
+
+
+def random_subset(
+    beta: jax.typing.ArrayLike, key: jax.Array | int = 0
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps a perturbation on a random part of the weights: stochastic weight perturbation.
+
+    Returns :math:`m \epsilon / \beta`, where each entry of :math:`m` is 1 with probability
+    :math:`\beta` (``beta``) and else 0, so that its mean is the perturbation :math:`\epsilon`.
+
+    Args:
+        beta: probability of each weight, a scalar in (0, 1], possibly traced.
+        key: random key, or a seed for one.
+
+    Returns:
+        A transformation to chain after a ball. The extra arg ``subset``, a tree of booleans in
+        the parameters' shapes, replaces the draw.
+
+    Raises:
+        TypeError, ValueError: if ``beta`` is not in (0, 1]; in ``update``, if ``subset`` does not
+            match.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> tx = random_subset(beta=0.5)
+        >>> eps = jnp.array([1.0, 2.0])
+        >>> eps, state = tx.update(eps, tx.init(eps), subset=jnp.array([True, False]))
+        >>> print(eps)
+        [2. 0.]
+
+    References:
+        Du et al., `Efficient Sharpness-aware Minimization for Improved Training of Neural
+        Networks <https://arxiv.org/abs/2110.03141>`_, 2022
+    """
+    check_scalar("beta", beta, minimum=0.0, maximum=1.0, exclusive=True)
+
+    def init_fn(params: optax.Params) -> RandomSubsetState:
+        del params
+        # A new key, so that donating the state leaves the caller's alone.
+        return RandomSubsetState(jax.random.fold_in(as_key(key), 0))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        subset: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, RandomSubsetState]:
+        del params, extra_args
+        next_key, draw_key = jax.random.split(state.subset_key)
+        if subset is None:
+            leaves, structure = jax.tree.flatten(updates)
+            keys = jax.random.split(draw_key, max(len(leaves), 1))
+            subset = structure.unflatten(
+                jax.random.bernoulli(k, beta, jnp.shape(leaf))
+                for k, leaf in zip(keys, leaves, strict=False)
+            )
+        check_same_structure("subset", subset, updates)
+        eps = jax.tree.map(
+            lambda m, u: jnp.where(m, u / jnp.asarray(beta, u.dtype), 0), subset, updates
+        )
+        return eps, RandomSubsetState(next_key)
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,0 +1,190 @@
+"""The steps that `value_and_grad` is made of: sharp or plain, one of both, in groups."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax.microbatching import micro_vmap
+
+from bisam_jax._batches import (
+    LAST,
+    MEAN,
+    Batch,
+    BatchLoss,
+    BatchLossFn,
+    Parts,
+    aux_rules,
+    in_groups,
+)
+from bisam_jax._boundary import WithGradient
+from bisam_jax._checks import shapes_of
+from bisam_jax._devices import OneDevice
+from bisam_jax._functional import FrozenLogits, LogitsLoss
+from bisam_jax._passes import Clean, Passes
+from bisam_jax._trees import fill_with_zeros, float_part, is_floating, merge
+
+When = Callable[[Any], Any]
+# From params, state and batch to the clean pass's value and parts, the gradient, and the state.
+Step = Callable[..., tuple[tuple[jax.Array, Parts], Any, Any]]
+
+
+def sharp_step(
+    tx: optax.GradientTransformationExtraArgs,
+    descended: BatchLoss,
+    ascended: BatchLoss | None,
+    passes: Passes,
+) -> Step:
+    """The clean pass, and then `tx` with all that any method asks for."""
+
+    def step(params: Any, state: Any, batch: Batch, **extra_args: Any) -> tuple:
+        clean = passes.clean(ascended or descended, params, batch)
+        mean_loss = passes.mean(descended.mean)
+        args: dict[str, Any] = {
+            "batch": batch,
+            "loss_fn": _LossOnBatch(mean_loss, descended, passes, batch),
+            "batch_loss_fn": mean_loss,
+            "example_losses_fn": lambda params, indices=None: passes.losses(
+                descended, params, batch, indices
+            ),
+            "fisher_scores_fn": lambda floats: passes.fisher_scores(
+                descended, merge(floats, params), batch
+            ),
+        }
+        grads = None
+        if ascended is None:
+            grads = fill_with_zeros(clean.gradient(), params)
+            if clean.parts.losses is not None and "example_losses_fn" not in extra_args:
+                args["example_losses"] = passes.devices.joined(clean.parts.losses)
+        else:
+            args |= _arguments_of_q(passes.mean(ascended.mean), clean, batch)
+        grads, state = tx.update(grads, state, params, **args | extra_args)
+        if grads is None:
+            raise ValueError(
+                "tx returned no gradient: with a perturbation_loss_fn it must be or contain a "
+                "sharpness-aware method, such as bisam(rho)."
+            )
+        return (clean.value, clean.parts), grads, state
+
+    return step
+
+
+def _arguments_of_q(mean: BatchLossFn, clean: Clean, batch: Batch) -> dict[str, Any]:
+    return {
+        "perturbation_loss_fn": WithGradient(lambda params: mean(params, batch), clean.gradient),
+        "batch_perturbation_loss_fn": mean,
+    }
+
+
+class _LossOnBatch:
+    """L on this batch; if the user's loss knows its logits, so does this."""
+
+    def __init__(self, mean: BatchLossFn, loss: BatchLoss, passes: Passes, batch: Batch) -> None:
+        self._mean, self._passes, self._batch = mean, passes, batch
+        if isinstance(loss.fn, LogitsLoss):
+            self._logits_loss = loss.fn
+            self.frozen_at = self._frozen_at
+
+    def __call__(self, params: Any) -> jax.Array:
+        return self._mean(params, self._batch)
+
+    def _frozen_at(self, params: Any) -> FrozenLogits:
+        linear = self._passes.mean(self._logits_loss.linear_at(params))
+        return FrozenLogits(
+            lambda: jax.grad(self, allow_int=True)(params),
+            lambda point: jax.grad(linear, allow_int=True)(point, self._batch),
+        )
+
+
+def plain_step(loss: BatchLoss, passes: Passes) -> Step:
+    """The gradient of L at the parameters, with the state as it was."""
+
+    def step(params: Any, state: Any, batch: Batch) -> tuple:
+        clean = passes.clean(loss, params, batch)
+        return (clean.value, clean.parts), fill_with_zeros(clean.gradient(), params), state
+
+    return step
+
+
+def conditional(sharp: Step, plain: Step, when: When) -> Step:
+    """One of two steps, and the cost of one."""
+
+    def step(params: Any, state: Any, batch: Batch, *, step: Any, **extra_args: Any) -> tuple:
+        due = when(step)
+        if jnp.shape(due) != () or jnp.result_type(due) != jnp.bool_:
+            raise TypeError(f"when must return one boolean, got {shapes_of(due)}.")
+
+        def take_sharp() -> tuple:
+            return sharp(params, state, batch, **extra_args)
+
+        def take_plain() -> tuple:
+            return plain(params, state, batch)
+
+        if not isinstance(due, jax.core.Tracer):
+            return take_sharp() if due else take_plain()
+        (value, aux), grads, new_state = jax.lax.cond(
+            due, lambda: _of_arrays(take_sharp()), lambda: _of_arrays(take_plain())
+        )
+        return (value, Parts(None, aux)), fill_with_zeros(grads, params), new_state
+
+    return step
+
+
+def _of_arrays(result: tuple) -> tuple:
+    """What both steps return alike: losses may be those of single examples in one of them only."""
+    (value, parts), grads, state = result
+    return (value, parts.aux), float_part(grads), state
+
+
+def grouped(
+    whole: Step,
+    clean_loss: BatchLoss,
+    group_size: int,
+    microbatch_size: int | None,
+    passes: Passes,
+) -> Step:
+    """The mean of one whole step per group, over all groups on all devices."""
+    devices = passes.devices
+
+    def step(params: Any, state: Any, batch: Batch, **extra_args: Any) -> tuple:
+        own_params = devices.own(params)
+        own_state = jax.tree.map(lambda x: devices.own(x) if _follows_data(x) else x, state)
+
+        def group_step(group: Batch) -> tuple:
+            out, grads, new_state = whole(own_params, own_state, group, **extra_args)
+            return out, float_part(grads), new_state
+
+        if len(jax.tree.leaves(batch)[0]) == group_size:
+            (value, parts), grads, new_state = group_step(batch)
+        else:
+            rules = aux_rules(clean_loss, params, batch, group_size)
+            state_rule = jax.tree.map(lambda x: MEAN if is_floating(x) else LAST, state)
+            (value, parts), grads, new_state = micro_vmap(
+                group_step,
+                microbatch_size=microbatch_size and microbatch_size // group_size,
+                accumulator=((MEAN, rules.rules), MEAN, state_rule),
+            )(jax.tree.map(lambda x: in_groups(jnp.asarray(x), group_size), batch))
+            parts = rules.reshaped(parts)
+        parts = passes.merged(clean_loss, params, batch, parts)
+        value, grads, floats = devices.mean((value, grads, float_part(new_state)))
+        new_state = jax.tree.map(
+            lambda x, mean: _joined_state(devices, x, mean),
+            new_state,
+            floats,
+            is_leaf=lambda x: x is None,
+        )
+        return (value, parts), fill_with_zeros(grads, params), new_state
+
+    return step
+
+
+def _follows_data(leaf: Any) -> bool:
+    """Whether a leaf of the state differs between groups: counters and keys do not."""
+    return is_floating(leaf) or leaf.dtype == jnp.bool_
+
+
+def _joined_state(devices: OneDevice, leaf: Any, mean: Any) -> Any:
+    if mean is not None:
+        return mean.astype(leaf.dtype)
+    return devices.last(leaf) if leaf is not None and _follows_data(leaf) else leaf

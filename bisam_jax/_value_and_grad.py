@@ -1,0 +1,231 @@
+"""The front door: every method as one step on a batch, from two loss functions."""
+
+from typing import Any, Literal, Protocol, overload
+
+import jax
+import optax
+
+from bisam_jax._batches import Batch, BatchLoss, BatchLossFn, check_not_explicit, check_splits
+from bisam_jax._chains import check_gives_gradients, check_is_first
+from bisam_jax._checks import MissingArgumentError, check_transformation
+from bisam_jax._devices import OneDevice, OneOfMany
+from bisam_jax._passes import Passes
+from bisam_jax._steps import When, conditional, grouped, plain_step, sharp_step
+
+
+class Step(Protocol):
+    """A step that returns the loss, the gradient and the state."""
+
+    def __call__(
+        self,
+        params: Any,
+        state: optax.OptState,
+        batch: Any,
+        *,
+        step: jax.typing.ArrayLike | None = None,
+        **extra_args: Any,
+    ) -> tuple[jax.Array, Any, Any]:
+        """See :func:`value_and_grad`."""
+        ...
+
+
+class StepWithAux(Protocol):
+    """A step that returns the loss with aux, the gradient and the state."""
+
+    def __call__(
+        self,
+        params: Any,
+        state: optax.OptState,
+        batch: Any,
+        *,
+        step: jax.typing.ArrayLike | None = None,
+        **extra_args: Any,
+    ) -> tuple[tuple[jax.Array, Any], Any, Any]:
+        """See :func:`value_and_grad`."""
+        ...
+
+
+@overload
+def value_and_grad(
+    tx: optax.GradientTransformation,
+    loss_fn: BatchLossFn,
+    perturbation_loss_fn: BatchLossFn | None = None,
+    *,
+    has_aux: Literal[False] = False,
+    when: When | None = None,
+    group_size: int | None = None,
+    microbatch_size: int | None = None,
+    axis_name: str | None = None,
+) -> Step: ...
+
+
+@overload
+def value_and_grad(
+    tx: optax.GradientTransformation,
+    loss_fn: BatchLossFn,
+    perturbation_loss_fn: BatchLossFn | None = None,
+    *,
+    has_aux: Literal[True],
+    when: When | None = None,
+    group_size: int | None = None,
+    microbatch_size: int | None = None,
+    axis_name: str | None = None,
+) -> StepWithAux: ...
+
+
+def value_and_grad(
+    tx: optax.GradientTransformation,
+    loss_fn: BatchLossFn,
+    perturbation_loss_fn: BatchLossFn | None = None,
+    *,
+    has_aux: bool = False,
+    when: When | None = None,
+    group_size: int | None = None,
+    microbatch_size: int | None = None,
+    axis_name: str | None = None,
+) -> Step | StepWithAux:
+    r"""A sharpness-aware counterpart of :func:`jax.value_and_grad`, for every method.
+
+    ``step = value_and_grad(tx, loss_fn, perturbation_loss_fn)`` makes one step of ``tx`` a function
+    of parameters, state and batch. ``step(params, state, batch)`` makes the clean pass, which
+    differentiates the perturbation loss (or the loss, without one) at ``params``, and whatever
+    passes ``tx`` makes elsewhere. It returns ``(value, grads, state)``, or ``((value, aux), grads,
+    state)`` with ``has_aux``: value and aux of the clean pass, the gradient for any optimizer, and
+    the next state of ``tx``.
+
+    Args:
+        tx: any method, such as :func:`bisam`; ``state`` starts as ``tx.init(params)``. If the base
+            optimizer is in it (it follows in a chain, or ``tx`` is :func:`sampa`), the second
+            output is the updates. The method comes first in a chain.
+        loss_fn: the loss to descend. ``loss_fn(params, batch)`` returns one loss per example,
+            floating[batch], or their mean, a scalar. With losses per example every method works;
+            with a scalar, one that looks at single examples raises.
+        perturbation_loss_fn: the loss to ascend, likewise; by default the loss itself.
+        has_aux: whether both functions return ``(loss, aux)``.
+        when: ``when(step)`` says whether to take the step of ``tx`` (a late start, or every k-th
+            step). Where it is false, the step returns the gradient of the loss at ``params``, with
+            value and aux of that pass and the state unchanged, at the cost of one gradient. The
+            step is then called with ``step=``, an integer.
+        group_size: m of m-sharpness. Each group of ``group_size`` consecutive examples has its own
+            perturbation, and the descent gradients are averaged. All groups are computed at once,
+            each with its own perturbed parameters; ``microbatch_size`` bounds that. Of the state's
+            leaves, floating ones are averaged over the groups, and others are the last group's.
+        microbatch_size: how many examples are in memory at a time. The step is that of the whole
+            batch: one perturbation from the mean ascent gradient, then the mean gradient there.
+            With ``group_size``, of which it must be a multiple, ``microbatch_size // group_size``
+            groups are computed at a time.
+        axis_name: inside :func:`jax.pmap` or :func:`jax.shard_map`, the axis over which the batch
+            is split. Value, gradient and state are then those of one device with the whole batch.
+            Both sizes count examples of one device; with ``group_size``, groups stay on their
+            devices, which exchange no more than a plain step does.
+
+    Returns:
+        A pure function ``step(params, state, batch, *, step=None, **extra_args)``. ``batch`` is any
+        tree of arrays whose first axis is that of the examples. What a method needs beside the
+        losses is made from them; ``example_losses_fn`` or ``fisher_scores_fn`` in ``extra_args``
+        replace it. Of aux, leaves with an axis of examples in front keep the examples' order;
+        with groups, microbatches or devices, other leaves must be floating and are averaged. On
+        several devices, each has the examples of its own.
+
+    Raises:
+        ValueError: if a size is not a positive integer, or does not divide the batch (or the other
+            size); if an array of the batch has no axis of examples; if ``tx`` lacks what it needs;
+            if a method is not the first in its chain; if ``tx`` contains the base optimizer and
+            there is ``group_size`` or ``when``; if ``step`` is missing.
+        TypeError: if ``tx`` is no transformation, a loss function does not return what it should,
+            or an aux leaf can neither be joined nor averaged.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> from bisam_jax import bisam, perturbation_loss
+        >>> def loss_fn(w, batch):
+        ...     return optax.losses.softmax_cross_entropy_with_integer_labels(
+        ...         batch["x"] @ w, batch["y"])
+        >>> def perturbation_loss_fn(w, batch):
+        ...     return perturbation_loss(batch["x"] @ w, batch["y"])
+        >>> tx = bisam(rho=0.05)
+        >>> step = value_and_grad(tx, loss_fn, perturbation_loss_fn)
+        >>> w = jnp.zeros((2, 3))
+        >>> batch = {"x": jnp.array([[1.0, 2.0], [2.0, -1.0]]), "y": jnp.array([0, 1])}
+        >>> value, grads, state = step(w, tx.init(w), batch)
+        >>> print(value, grads.shape)
+        1.0986123 (2, 3)
+
+    References:
+        Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
+        <https://arxiv.org/abs/2010.01412>`_, 2021, for m-sharpness
+
+    .. note:: m is part of the algorithm and not of the hardware: the same batch gives the same
+        numbers on any number of devices. Batch normalisation, by contrast, sees one group or
+        microbatch at a time. A method that does not differentiate at ``params`` (:func:`sampa`,
+        :func:`tilted_sam`) pays one forward pass for value and aux, or nothing under
+        :func:`jax.jit` if they are not used.
+    """
+    check_transformation("tx", tx)
+    _check_options(when, group_size, microbatch_size, axis_name)
+    descended = BatchLoss("loss_fn", loss_fn, has_aux)
+    ascended = None
+    if perturbation_loss_fn is not None:
+        ascended = BatchLoss("perturbation_loss_fn", perturbation_loss_fn, has_aux)
+    devices = OneDevice() if axis_name is None else OneOfMany(axis_name)
+    passes = Passes(devices, microbatch_size)
+    tx = optax.with_extra_args_support(tx)
+    if group_size is None:
+        sharp = sharp_step(tx, descended, ascended, passes)
+    else:
+        whole = sharp_step(tx, descended, ascended, Passes(OneDevice(), None))
+        sharp = grouped(whole, ascended or descended, group_size, microbatch_size, passes)
+    if when is not None:
+        sharp = conditional(sharp, plain_step(descended, passes), when)
+
+    def step_fn(
+        params: Any, state: Any, batch: Batch, *, step: Any = None, **extra_args: Any
+    ) -> tuple:
+        _check_call(extra_args)
+        check_is_first(state)
+        if group_size is not None or microbatch_size is not None:
+            check_splits(batch, group_size=group_size, microbatch_size=microbatch_size)
+        if group_size is not None:
+            check_gives_gradients(state, "group_size")
+        elif microbatch_size is not None:
+            check_not_explicit(batch)
+        if when is not None:
+            check_gives_gradients(state, "when")
+            if step is None:
+                raise ValueError("step is missing: with when, call step(..., step=step).")
+        if step is not None:
+            extra_args["step"] = step
+        try:
+            (value, parts), grads, state = sharp(params, state, batch, **extra_args)
+        except MissingArgumentError as error:
+            raise ValueError(error.for_value_and_grad) from None
+        return ((value, parts.aux) if has_aux else value), grads, state
+
+    return step_fn
+
+
+def _check_options(
+    when: Any, group_size: int | None, microbatch_size: int | None, axis_name: Any
+) -> None:
+    if when is not None and not callable(when):
+        raise TypeError(f"when must be a function of the step, got {when!r}.")
+    if axis_name is not None and not isinstance(axis_name, str):
+        raise TypeError(f"axis_name must be the name of one mapped axis, got {axis_name!r}.")
+    for name, size in (("group_size", group_size), ("microbatch_size", microbatch_size)):
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ValueError(f"{name} must be a positive integer or None, got {size!r}.")
+    if group_size and microbatch_size and microbatch_size % group_size:
+        raise ValueError(
+            f"microbatch_size must be a multiple of group_size, got {microbatch_size} and "
+            f"{group_size}: a group's perturbation needs all of its examples at once."
+        )
+
+
+def _check_call(extra_args: dict[str, Any]) -> None:
+    own = ("loss_fn", "grad_fn", "perturbation_loss_fn", "perturbation_grads", "batch_loss_fn")
+    for name in (*own, "batch_perturbation_loss_fn"):
+        if name in extra_args:
+            raise ValueError(
+                f"{name} cannot be passed to the step, which was made with its losses: call "
+                "value_and_grad(tx, loss_fn, perturbation_loss_fn)."
+            )
