@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bisam_jax import perturbation_loss
+from bisam_jax import logits_loss, perturbation_loss
 
 CLASSES = 3
 
@@ -35,16 +35,30 @@ def mlp_logits(params: dict, x: jax.Array) -> jax.Array:
     return hidden @ params["head"]["w"]
 
 
-def loss_of_batch(params: dict, batch: dict) -> jax.Array:
-    """L: the cross-entropy."""
-    logits = mlp_logits(params, batch["x"])
-    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+def logits_of_batch(params: dict, batch: dict) -> jax.Array:
+    return mlp_logits(params, batch["x"])
+
+
+def cross_entropy(logits: jax.Array, batch: dict) -> jax.Array:
+    return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+
+
+# L per example: the cross-entropy, which knows its logits for the method that asks for them.
+losses_of_batch = logits_loss(logits_of_batch, cross_entropy)
+# And its mean.
+loss_of_batch = logits_loss(
+    logits_of_batch, lambda logits, batch: cross_entropy(logits, batch).mean()
+)
+
+
+def perturbation_losses_of_batch(params: dict, batch: dict) -> jax.Array:
+    """Q per example: BiSAM's lower bound of the error."""
+    return perturbation_loss(logits_of_batch(params, batch), batch["y"])
 
 
 def perturbation_loss_of_batch(params: dict, batch: dict) -> jax.Array:
-    """Q: BiSAM's lower bound of the error."""
-    logits = mlp_logits(params, batch["x"])
-    return perturbation_loss(logits, batch["y"]).mean()
+    """Q: the mean."""
+    return perturbation_losses_of_batch(params, batch).mean()
 
 
 def global_norm(tree) -> jax.Array:

@@ -1,9 +1,10 @@
-"""What every method must do: one table, one set of tests.
+"""What `update` of every method must do: one table, one set of tests.
 
 Compiling takes nearly all of the time, so each method is compiled once for many tests, and the
 tests run method by method.
 """
 
+import dataclasses
 import functools
 
 import chex
@@ -13,15 +14,12 @@ import numpy as np
 import optax
 import pytest
 
+from bisam_jax import logits_loss
 from tests.compiled import quick_jit
-from tests.methods import METHODS, TAKING_GRAD_FN, largest_weights
-from tests.problems import (
-    loss_of_batch,
-    mlp_batch,
-    mlp_params,
-    perturbation_loss_of_batch,
-)
+from tests.methods import METHODS, arguments_of, loss_of_params
+from tests.problems import mlp_batch, mlp_params, perturbation_loss_of_batch
 
+TAKING_GRAD_FN = {name: method for name, method in METHODS.items() if method.takes_grad_fn}
 # Of module scope: all tests of a method run one after another, and share what it compiles.
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS, scope="module")
 each_taking_grad_fn = pytest.mark.parametrize(
@@ -29,10 +27,7 @@ each_taking_grad_fn = pytest.mark.parametrize(
 )
 
 PARAMS, BATCH = mlp_params(), mlp_batch()
-
-
-def loss_fn(params):
-    return loss_of_batch(params, BATCH)
+loss_fn = loss_of_params(BATCH)
 
 
 def perturbation_loss_fn(params):
@@ -44,16 +39,16 @@ GRADS = gradient(PARAMS)
 GRADS_OF_Q = quick_jit(jax.grad(perturbation_loss_fn))(PARAMS)
 
 
-def update(tx, state, params, grads, **extra_args):
-    defaults = {"loss_fn": loss_fn, "fisher_scores_fn": largest_weights}
-    extra_args = defaults | extra_args
-    # The whole batch as one example, for the method that asks for examples.
-    extra_args["example_losses_fn"] = lambda p, indices: extra_args["loss_fn"](p)[None]
-    return tx.update(grads, state, params, **extra_args)
+def update(method, tx, state, params, grads, *, q=None, **extra_args):
+    """With everything that any method asks for; with Q where the method insists on it."""
+    if method.needs_q and q is None and "perturbation_grads" not in extra_args:
+        q = "function"
+    arguments = arguments_of(BATCH, q=q, params=params) | extra_args
+    return tx.update(grads, state, params, **arguments)
 
 
-def first_grads(tx, params, grads, **extra_args):
-    return update(tx, tx.init(params), params, grads, **extra_args)[0]
+def first_grads(method, tx, params, grads, **extra_args):
+    return update(method, tx, tx.init(params), params, grads, **extra_args)[0]
 
 
 @functools.cache
@@ -62,34 +57,30 @@ def start(method):
 
 
 @functools.cache
-def compiled_update(method):
+def compiled_update(method, q=None, grads=True, more=()):
     """An update of a constant radius, with all that is a number as an argument."""
-    # What the clean pass knows besides, for the method that ascends by itself.
-    more = {"ascent_loss_fn": perturbation_loss_fn} if method.ascends_loss_fn else {}
 
-    @functools.partial(quick_jit, static_argnames="from_q")
-    def step(rho, state, params, grads, clean, from_q=False):
-        extra_args = {"clean_grad_fn": lambda: clean} | (more if from_q else {})
-        return update(method.make(rho=rho), state, params, grads, **extra_args)
+    @quick_jit
+    def step(rho, state, params, grads_given):
+        given = grads_given if grads else None
+        return update(method, method.make(rho=rho), state, params, given, q=q, **dict(more))
 
     return step
 
 
-def sharp(method, rho, params=PARAMS, grads=GRADS):
-    """The descent gradient at the first step, where `grads` is that of the loss."""
-    return compiled_update(method)(rho, start(method), params, grads, grads)[0]
+def sharp(method, rho, params=PARAMS, grads=GRADS, q=None):
+    """The descent gradient at the first step."""
+    return compiled_update(method, q)(rho, start(method), params, grads)[0]
 
 
-@functools.cache
-def compiled_update_with_q(method):
-    """The descent gradient where `perturbation_loss_fn` is given."""
-
-    @quick_jit
-    def step(rho, state, params, grads):
-        tx = method.make(rho=rho)
-        return update(tx, state, params, grads, perturbation_loss_fn=perturbation_loss_fn)[0]
-
-    return lambda rho: step(rho, start(method), PARAMS, GRADS)
+def two_steps(method, rho, q=None, grads=True):
+    """At two places, with the state of the first step in the second."""
+    step, results, state = compiled_update(method, q, grads), [], start(method)
+    for scale in (1.0, 0.5):
+        params = optax.tree.scale(scale, PARAMS)
+        result, state = step(rho, state, params, gradient(params))
+        results.append(result)
+    return results
 
 
 def training(method):
@@ -98,7 +89,7 @@ def training(method):
 
     def step(carry, _=None):
         params, state = carry
-        updates, state = update(tx, state, params, jax.grad(loss_fn)(params))
+        updates, state = update(method, tx, state, params, jax.grad(loss_fn)(params))
         return (optax.apply_updates(params, updates), state), None
 
     return step, tx.init
@@ -116,41 +107,84 @@ def fresh_carry(init):
 
 
 @each_method
-def test_zero_radius_is_the_base_optimizer(method):
-    chex.assert_trees_all_close(sharp(method, 0.0), GRADS, rtol=1e-5, atol=1e-7)
-    grads = compiled_update_with_q(method)(0.0)
-    chex.assert_trees_all_close(grads, GRADS, rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize("q", [None, "function"])
+def test_zero_radius_is_the_base_optimizer(method, q):
+    for params, grads in zip((1.0, 0.5), two_steps_without_noise(method, 0.0, q), strict=True):
+        expected = gradient(optax.tree.scale(params, PARAMS))
+        chex.assert_trees_all_close(grads, expected, rtol=1e-5, atol=1e-6)
     # As a Python number, zero is taken too.
-    jax.eval_shape(functools.partial(first_grads, method.make(rho=0.0)), PARAMS, GRADS)
+    tx = method.make(rho=0.0)
+    jax.eval_shape(functools.partial(first_grads, method, tx), PARAMS, GRADS)
 
 
-@each_taking_grad_fn
-def test_zero_gradient_is_the_plain_step(method):
-    zeros = optax.tree.zeros_like(PARAMS)
-    grads, _ = compiled_update(method)(0.1, start(method), PARAMS, zeros, GRADS)
-    chex.assert_trees_all_close(grads, GRADS, rtol=1e-5, atol=1e-7)
+def two_steps_without_noise(method, rho, q):
+    if method is METHODS["tilted"]:
+        method = WITHOUT_NOISE
+    if method is METHODS["efficient"]:
+        method = WITH_ALL_EXAMPLES
+    return two_steps(method, rho, q)
+
+
+WITHOUT_NOISE = dataclasses.replace(
+    METHODS["tilted"], make=functools.partial(METHODS["tilted"].make, radius=0.0)
+)
+WITH_ALL_EXAMPLES = dataclasses.replace(
+    METHODS["efficient"], make=functools.partial(METHODS["efficient"].make, gamma=1.0)
+)
+
+
+@each_method
+def test_zero_ascent_gradient_is_the_plain_step(method):
+    if not method.takes_gradient_of_q:
+        method = WITHOUT_NOISE
+        zero = {"perturbation_loss_fn": lambda params: 0.0 * loss_fn(params)}
+    else:
+        zero = {"perturbation_grads": optax.tree.zeros_like(PARAMS)}
+    if method is METHODS["efficient"]:
+        method = WITH_ALL_EXAMPLES
+    tx = method.make(rho=0.1)
+    grads = quick_jit(lambda p, g: first_grads(method, tx, p, g, **zero))(PARAMS, GRADS)
+    chex.assert_trees_all_close(grads, GRADS, rtol=1e-5, atol=1e-6)
 
 
 @each_method
 def test_radius_matters(method):
     small, large = (sharp(method, rho) for rho in (0.05, 0.5))
+    assert optax.tree.norm(optax.tree.sub(small, large)) > 1e-3
     for grads in (small, large):
         assert optax.tree.norm(optax.tree.sub(grads, GRADS)) > 1e-3
-    assert optax.tree.norm(optax.tree.sub(small, large)) > 1e-3
 
 
 @each_method
-def test_perturbation_loss_is_what_is_ascended(method):
-    with_q = compiled_update_with_q(method)(0.5)
-    with_grad_q, _ = compiled_update(method)(
-        0.5, start(method), PARAMS, GRADS_OF_Q, GRADS, from_q=method.ascends_loss_fn
-    )
-    with_l = sharp(method, 0.5)
-    chex.assert_trees_all_close(with_q, with_grad_q, rtol=1e-5, atol=1e-6)
-    assert optax.tree.norm(optax.tree.sub(with_q, with_l)) > 1e-3
+@pytest.mark.parametrize("q", [None, "function"])
+def test_grads_are_the_gradient_of_the_loss_or_none(method, q):
+    given = two_steps(method, 0.5, q)
+    chex.assert_trees_all_close(two_steps(method, 0.5, q, grads=False), given, rtol=1e-4, atol=1e-5)
 
 
 @each_method
+def test_the_gradient_of_q_stands_for_q(method):
+    with_q = two_steps(method, 0.5, "function")
+    if not method.takes_gradient_of_q:
+        with pytest.raises(ValueError, match="perturbation_grads holds at params"):
+            two_steps(method, 0.5, "gradient")
+        return
+    for grads in (True, False):
+        by_gradient = two_steps(method, 0.5, "gradient", grads=grads)
+        chex.assert_trees_all_close(by_gradient, with_q, rtol=1e-4, atol=1e-5)
+
+
+@each_method
+def test_q_is_what_is_ascended(method):
+    if method.needs_q:
+        with pytest.raises(ValueError, match=r"bisam ascends Q, and there is none: .* use sam"):
+            method.make(0.5).update(GRADS, start(method), PARAMS, **arguments_of(BATCH))
+        return
+    with_q, without = two_steps(method, 0.5, "function"), two_steps(method, 0.5)
+    assert optax.tree.norm(optax.tree.sub(with_q[0], without[0])) > 1e-3
+
+
+@each_taking_grad_fn
 def test_functions_are_called_once(method):
     calls = {"loss": 0, "perturbation": 0}
 
@@ -162,45 +196,96 @@ def test_functions_are_called_once(method):
         calls["perturbation"] += 1
         return perturbation_loss_fn(params)
 
-    def trace(**extra_args):
-        step = functools.partial(first_grads, method.make(rho=0.1), **extra_args)
-        jax.eval_shape(step, PARAMS, GRADS)
+    def trace(grads, **extra_args):
+        calls["loss"] = calls["perturbation"] = 0
+        step = functools.partial(first_grads, method, method.make(rho=0.1), **extra_args)
+        jax.eval_shape(step, PARAMS, grads)
 
-    trace(loss_fn=counted_loss)
-    assert calls == {"loss": method.loss_calls, "perturbation": 0}
-    calls["loss"] = 0
-    trace(loss_fn=counted_loss, perturbation_loss_fn=counted_perturbation_loss)
-    at_the_start = 1 if method.ascends_loss_fn else 0
-    assert calls == {"loss": method.loss_calls - at_the_start, "perturbation": 1}
+    q = {"perturbation_loss_fn": counted_perturbation_loss}
+    if not method.needs_q:
+        trace(GRADS, loss_fn=counted_loss)
+        assert calls == {"loss": method.loss_calls, "perturbation": 0}
+        trace(None, loss_fn=counted_loss)
+        assert calls == {"loss": method.loss_calls + 1, "perturbation": 0}
+    trace(GRADS, loss_fn=counted_loss, **q)
+    assert calls == {"loss": method.loss_calls, "perturbation": 1}
+    trace(None, loss_fn=counted_loss, **q)
+    assert calls == {"loss": method.loss_calls + method.needs_clean, "perturbation": 1}
+
+
+@each_method
+def test_under_conditionally_transform_a_skipped_step_passes_on_the_gradient_of_l(method):
+    tx = optax.conditionally_transform(method.make(rho=0.5), lambda step: step % 2 == 0)
+
+    @quick_jit
+    def step(state, grads):
+        return update(method, tx, state, PARAMS, grads, q="function")
+
+    state = tx.init(PARAMS)
+    sharp_grads, state = step(state, GRADS)
+    chex.assert_trees_all_close(sharp_grads, sharp(method, 0.5, q="function"), rtol=1e-4, atol=1e-5)
+    skipped, after = step(state, GRADS)
+    chex.assert_trees_all_equal(skipped, GRADS)
+    chex.assert_trees_all_equal(after.inner_state, state.inner_state)
+    with pytest.raises(TypeError, match="cond branch outputs"):
+        step(state, None)
+
+
+@each_method
+@pytest.mark.usefixtures("standard_promotion")
+def test_inject_hyperparams_under_jit(method):
+    expected = sharp(method, 0.3, q="function")
+    static = method.structural
+    injected = optax.inject_hyperparams(method.make, static_args=static)(rho=0.1)
+    state = injected.init(PARAMS)
+    state.hyperparams["rho"] = jnp.float32(0.3)
+
+    @quick_jit
+    def step(state):
+        return update(method, injected, state, PARAMS, GRADS, q="function")
+
+    grads, _ = step(state)
+    chex.assert_trees_all_close(grads, expected, rtol=1e-4, atol=1e-5)
+
+
+STRUCTURAL = [(method, name) for method in METHODS.values() for name in method.structural]
+
+
+@pytest.mark.parametrize(("method", "name"), STRUCTURAL, ids=[name for _, name in STRUCTURAL])
+@pytest.mark.usefixtures("standard_promotion")
+def test_what_shapes_the_program_cannot_be_traced(method, name):
+    injected = optax.inject_hyperparams(method.make)(rho=0.1)
+    state = injected.init(PARAMS)
+    with pytest.raises(TypeError, match=f"{name} shapes the program.*static_args='{name}'"):
+        jax.jit(lambda s: update(method, injected, s, PARAMS, GRADS))(state)
 
 
 @each_method
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_same_everywhere(method):
-    """With unknown extra args alone, in a chain, under inject_hyperparams; by grad_fn; masked.
+    """With unknown extra args only, in a chain, by grad_fn, with a mask after it.
 
     In one program, where what is equal is compiled once.
     """
     tx = method.make(rho=0.1)
-    injected = optax.inject_hyperparams(method.make)(rho=0.1)
     chain = optax.chain(tx, optax.scale(2.0), optax.contrib.reduce_on_plateau(patience=2))
     mask = {"hidden": True, "head": False}
     masked = optax.chain(tx, optax.masked(optax.set_to_zero(), mask))
 
     @quick_jit
     def everywhere(params, grads):
-        chained, state = update(chain, chain.init(params), params, grads, unknown=1, value=2.0)
-        _, state = update(chain, state, params, grads, unknown=1, value=3.0)
+        call = functools.partial(update, method, chain)
+        chained, state = call(chain.init(params), params, grads, unknown=1, value=2.0)
+        _, state = call(state, params, grads, unknown=1, value=3.0)
         equal = {
-            "alone": first_grads(tx, params, grads),
-            "with unknown": first_grads(tx, params, grads, unknown=1, value=2.0),
-            "injected": first_grads(injected, params, grads, unknown=1),
+            "alone": first_grads(method, tx, params, grads),
+            "with unknown": first_grads(method, tx, params, grads, unknown=1, value=2.0),
             "halved": optax.tree.scale(0.5, chained),
         }
         if method.takes_grad_fn:
             by_grad_fn = {"loss_fn": None, "grad_fn": jax.grad(loss_fn)}
-            equal["by grad_fn"] = first_grads(tx, params, grads, **by_grad_fn)
-        after = first_grads(masked, params, grads)
+            equal["by grad_fn"] = first_grads(method, tx, params, grads, **by_grad_fn)
+        after = first_grads(method, masked, params, grads)
         return equal, after, optax.tree.get(state, "plateau_count")
 
     expected = sharp(method, 0.1)
@@ -216,7 +301,7 @@ def test_the_same_everywhere(method):
 @each_method
 def test_state_keeps_its_type_and_nothing_recompiles(method):
     def constant(carry):
-        _, state = compiled_update(method)(0.1, carry[1], PARAMS, GRADS, GRADS)
+        _, state = compiled_update(method)(0.1, carry[1], PARAMS, GRADS)
         return carry[0], state
 
     scheduled, init = donating_step(method)
@@ -277,7 +362,7 @@ def vmapped_update(method):
     @quick_jit
     @jax.vmap
     def together(rho, params, grads):
-        return first_grads(method.make(rho=lambda count: rho), params, grads)
+        return first_grads(method, method.make(rho=lambda count: rho), params, grads)
 
     return together
 
@@ -291,7 +376,9 @@ def test_vmap_over_rho(method):
         one = jax.tree.map(lambda leaf, i=i: leaf[i], together)
         chex.assert_trees_all_close(one, sharp(method, float(rho)), rtol=1e-5, atol=1e-6)
     # As a plain scalar, not a schedule's, too.
-    jax.eval_shape(jax.vmap(lambda rho: first_grads(method.make(rho=rho), PARAMS, GRADS)), rhos)
+    jax.eval_shape(
+        jax.vmap(lambda rho: first_grads(method, method.make(rho=rho), PARAMS, GRADS)), rhos
+    )
 
 
 @each_method
@@ -310,7 +397,7 @@ def mlp_params_of(seed):
     return jax.tree.map(lambda p, noise: p + 0.1 * noise, PARAMS, mlp_params(10 + seed))
 
 
-@each_method
+@each_taking_grad_fn
 @pytest.mark.usefixtures("float64")
 def test_grad_through_the_step_and_remat(method):
     tx, params = method.make(rho=0.1), mlp_params(dtype=jnp.float64)
@@ -318,7 +405,8 @@ def test_grad_through_the_step_and_remat(method):
 
     def loss_after_a_step(t, fn):
         point = jax.tree.map(lambda p, d: p + t * d, params, direction)
-        grads = first_grads(tx, point, jax.grad(fn)(point), loss_fn=fn)
+        more = {"loss_fn": fn, "fisher_scores_fn": lambda p: p}
+        grads = first_grads(method, tx, point, jax.grad(fn)(point), **more)
         return fn(jax.tree.map(lambda p, g: p - 0.1 * g, point, grads))
 
     @quick_jit
@@ -348,7 +436,7 @@ def test_narrow_parameters_are_perturbed_in_float32(method, dtype):
     tx = method.make(rho=lambda count: rho)
     state = tx.init(params)
     got, new_state = quick_jit(
-        lambda *arguments: update(tx, *arguments, loss_fn=None, grad_fn=grad_fn)
+        lambda *arguments: update(method, tx, *arguments, loss_fn=None, grad_fn=grad_fn)
     )(state, params, grads)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
     chex.assert_trees_all_equal_dtypes(got, params)
@@ -376,8 +464,12 @@ def test_structures_and_leaves_that_are_not_floating(method):
 
     grads = jax.grad(fn, allow_int=True)(params)
     tx = method.make(rho=0.1)
-    every = {"loss_fn": fn, "example_losses_fn": lambda p, indices: fn(p)[None]}
-    every |= method.extra_args
+    every = {
+        "loss_fn": logits_loss(fn, lambda value: value),
+        "perturbation_loss_fn": fn,
+        "example_losses_fn": lambda p, indices: jnp.stack([fn(p)] * 2),
+        "fisher_scores_fn": lambda p: p,
+    }
     new, _ = quick_jit(lambda g, p: tx.update(g, tx.init(p), p, **every))(grads, params)
     chex.assert_trees_all_equal_structs(new, grads)
     assert new["integer"].dtype == jax.dtypes.float0
@@ -403,72 +495,92 @@ def test_map_params(method):
     chex.assert_trees_all_equal_structs(ones[0], state[0])
 
 
-@each_taking_grad_fn
+ERRORS = [
+    ({"params": None}, ValueError, "params is missing"),
+    ({"loss_fn": None}, ValueError, "exactly one of loss_fn .* got neither"),
+    ({"grad_fn": jax.grad(loss_fn)}, ValueError, "exactly one of loss_fn .* got both"),
+    (
+        {"perturbation_grads": GRADS_OF_Q},
+        ValueError,
+        "at most one of perturbation_loss_fn .* and perturbation_grads .* got both",
+    ),
+    (
+        {"loss_fn": lambda p: p["hidden"]["b"]},
+        TypeError,
+        r"loss_fn must return one real floating scalar, got float32\[6\]",
+    ),
+    ({"loss_fn": lambda p: (loss_fn(p), 1)}, TypeError, "loss_fn must return one real"),
+    ({"loss_fn": lambda p: None}, TypeError, "loss_fn must return one real"),
+    ({"loss_fn": lambda p: 1}, TypeError, "loss_fn must return one real"),
+    (
+        {"perturbation_loss_fn": lambda p: p["hidden"]["b"]},
+        TypeError,
+        "perturbation_loss_fn must return one real",
+    ),
+    (
+        {"loss_fn": None, "grad_fn": lambda p: p["head"]},
+        ValueError,
+        "what grad_fn returned does not match params",
+    ),
+    (
+        {"params": jax.tree.map(lambda p: p.astype(jnp.complex64), PARAMS)},
+        TypeError,
+        "complex parameters are not supported",
+    ),
+    (
+        {"perturbation_loss_fn": None, "perturbation_grads": GRADS["hidden"]},
+        ValueError,
+        "perturbation_grads does not match params",
+    ),
+]
+# bisam does not look at them.
+ERRORS_OF_GRADS = [
+    (
+        {"grads": {"hidden": tuple(GRADS["hidden"].values()), "head": GRADS["head"]}},
+        ValueError,
+        r"grads does not match params: no leaf at \['hidden'\]\['b'\]",
+    ),
+    (
+        {"params": [PARAMS["hidden"]["w"]], "grads": (GRADS["hidden"]["w"],)},
+        ValueError,
+        "grads does not match params: its containers are",
+    ),
+    (
+        {"grads": {"hidden": GRADS["hidden"]}},
+        ValueError,
+        r"grads does not match params: no leaf at \['head'\]\['w'\]",
+    ),
+    (
+        {"grads": {**GRADS, "more": jnp.zeros(1)}},
+        ValueError,
+        r"grads does not match params, which has no leaf at \['more'\]",
+    ),
+    (
+        {"grads": jax.tree.map(lambda g: g[None], GRADS)},
+        ValueError,
+        r"grads does not match params: shape \(1, 6, 3\) at \['head'\]\['w'\]",
+    ),
+]
+USING_GRADS = [method for method in TAKING_GRAD_FN.values() if not method.needs_q]
+
+
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"params": None}, ValueError, "params is missing"),
-        ({"loss_fn": None}, ValueError, "exactly one of loss_fn .* got neither"),
-        ({"grad_fn": jax.grad(loss_fn)}, ValueError, "exactly one of loss_fn .* got both"),
-        (
-            {"loss_fn": lambda p: p["hidden"]["b"]},
-            TypeError,
-            r"loss_fn must return one real floating scalar, got float32\[6\]",
-        ),
-        ({"loss_fn": lambda p: (loss_fn(p), 1)}, TypeError, "loss_fn must return one real"),
-        ({"loss_fn": lambda p: None}, TypeError, "loss_fn must return one real"),
-        (
-            {"grads": {"hidden": tuple(GRADS["hidden"].values()), "head": GRADS["head"]}},
-            ValueError,
-            r"grads does not match params: no leaf at \['hidden'\]\['b'\]",
-        ),
-        (
-            {"params": [PARAMS["hidden"]["w"]], "grads": (GRADS["hidden"]["w"],)},
-            ValueError,
-            "grads does not match params: its containers are",
-        ),
-        ({"loss_fn": lambda p: 1}, TypeError, "loss_fn must return one real"),
-        (
-            {"perturbation_loss_fn": lambda p: p["hidden"]["b"]},
-            TypeError,
-            "perturbation_loss_fn must return one real",
-        ),
-        (
-            {"grads": {"hidden": GRADS["hidden"]}},
-            ValueError,
-            r"grads does not match params: no leaf at \['head'\]\['w'\]",
-        ),
-        (
-            {"grads": {**GRADS, "more": jnp.zeros(1)}},
-            ValueError,
-            r"grads does not match params, which has no leaf at \['more'\]",
-        ),
-        (
-            {"loss_fn": None, "grad_fn": lambda p: p["head"]},
-            ValueError,
-            "what grad_fn returned does not match params",
-        ),
-        (
-            {"grads": jax.tree.map(lambda g: g[None], GRADS)},
-            ValueError,
-            r"grads does not match params: shape \(1, 6, 3\) at \['head'\]\['w'\]",
-        ),
-        (
-            {"params": jax.tree.map(lambda p: p.astype(jnp.complex64), PARAMS)},
-            TypeError,
-            "complex parameters are not supported",
-        ),
-    ],
+    ("method", "change", "error", "message"),
+    [(method, *case) for method in TAKING_GRAD_FN.values() for case in ERRORS]
+    + [(method, *case) for method in USING_GRADS for case in ERRORS_OF_GRADS],
 )
 @pytest.mark.parametrize("jit", [False, True])
 def test_errors(method, change, error, message, jit):
     tx = method.make(rho=0.1)
-    arguments = {"grads": GRADS, "params": PARAMS, "loss_fn": loss_fn} | change
+    arguments = arguments_of(BATCH, q="function" if method.needs_clean or method.needs_q else None)
+    if "perturbation_grads" in change:
+        arguments["perturbation_loss_fn"] = perturbation_loss_fn
+    arguments |= {"grads": GRADS, "params": PARAMS} | change
     grads, params = arguments.pop("grads"), arguments.pop("params")
     state = start(method)
 
     def call():
-        return tx.update(grads, state, params, **method.extra_args, **arguments)
+        return tx.update(grads, state, params, **arguments)
 
     with pytest.raises(error, match=message):
         jax.jit(call)() if jit else call()

@@ -1,0 +1,385 @@
+"""Every method through `value_and_grad`, in every way that it can be called."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from bisam_jax import value_and_grad
+from tests.compiled import quick_jit
+from tests.methods import METHODS, UPDATING, arguments_of, mean_of_trees
+from tests.problems import (
+    loss_of_batch,
+    losses_of_batch,
+    mlp_batch,
+    mlp_params,
+    perturbation_loss_of_batch,
+    perturbation_losses_of_batch,
+)
+
+ALL = METHODS | UPDATING
+each = pytest.mark.parametrize("name", ALL, scope="module")
+each_gradient = pytest.mark.parametrize("name", METHODS, scope="module")
+PARAMS, BATCH = mlp_params(), mlp_batch()
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def q_of(method, scalar=False):
+    """Q, unless the method was built without it."""
+    if method is UPDATING["sampa"]:
+        return None
+    return perturbation_loss_of_batch if scalar else perturbation_losses_of_batch
+
+
+def two_steps(step, state, batch=BATCH, **extra_args):
+    """At two places, with the state of the first step in the second."""
+    results = []
+    for scale in (1.0, 0.5):
+        value, grads, state = step(optax.tree.scale(scale, PARAMS), state, batch, **extra_args)
+        results.append((value, grads))
+    return results, state
+
+
+@functools.cache
+def start(name, rho=0.3):
+    return quick_jit(ALL[name].make(rho).init)(PARAMS)
+
+
+@functools.cache
+def by_hand(name):
+    """What `update` gives for arguments that are all made by hand."""
+    method = ALL[name]
+    tx = method.make(0.3)
+    q = q_of(method, scalar=True)
+
+    @quick_jit
+    def step(params, state, batch):
+        arguments = arguments_of(batch, q=q and "function")
+        grads, state = tx.update(None, state, params, **arguments)
+        return (q or loss_of_batch)(params, batch), grads, state
+
+    return two_steps(step, start(name))
+
+
+def made(name, *, scalar=False, **options):
+    method = ALL[name]
+    loss_fn = loss_of_batch if scalar else losses_of_batch
+    return value_and_grad(method.make(0.3), loss_fn, q_of(method, scalar), **options)
+
+
+@functools.cache
+def through_the_door(name, **options):
+    return two_steps(quick_jit(made(name, **options)), start(name))
+
+
+def check(actual, expected):
+    (results, state), (expected_results, expected_state) = actual, expected
+    chex.assert_trees_all_close(results, expected_results, **CLOSE)
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, expected_state)
+    numbers = [
+        [
+            leaf
+            for leaf in jax.tree.leaves(tree)
+            if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        ]
+        for tree in (state, expected_state)
+    ]
+    chex.assert_trees_all_close(*numbers, **CLOSE)
+
+
+@each
+def test_losses_per_example(name):
+    check(through_the_door(name), by_hand(name))
+
+
+@each
+def test_a_scalar(name):
+    if ALL[name].examples:
+        with pytest.raises(ValueError, match="return one loss per example from loss_fn"):
+            made(name, scalar=True)(PARAMS, start(name), BATCH)
+        return
+    check(through_the_door(name, scalar=True), by_hand(name))
+
+
+@pytest.mark.parametrize("name", [n for n, method in ALL.items() if not method.needs_q])
+def test_without_q(name):
+    tx = ALL[name].make(0.3)
+    step = quick_jit(value_and_grad(tx, losses_of_batch))
+
+    @quick_jit
+    def expected(params, state, batch):
+        grads, state = tx.update(None, state, params, **arguments_of(batch))
+        return loss_of_batch(params, batch), grads, state
+
+    check(two_steps(step, start(name)), two_steps(expected, start(name)))
+
+
+@pytest.mark.parametrize("name", [n for n, method in ALL.items() if method.needs_q])
+def test_without_the_q_that_it_needs(name):
+    message = "pass perturbation_loss_fn"
+    with pytest.raises(ValueError, match=message) as error:
+        value_and_grad(ALL[name].make(0.3), losses_of_batch)(PARAMS, start(name), BATCH)
+    assert "update" not in str(error.value)
+
+
+def test_q_to_a_method_that_was_built_without_it():
+    tx = UPDATING["sampa"].make(0.3)
+    step = value_and_grad(tx, losses_of_batch, perturbation_losses_of_batch)
+    with pytest.raises(ValueError, match=r"sampa\(..., bilevel=True\)"):
+        step(PARAMS, tx.init(PARAMS), BATCH)
+
+
+@each
+@pytest.mark.parametrize("size", [4, 16])
+def test_microbatches_give_the_step_of_the_whole_batch(name, size):
+    check(through_the_door(name, microbatch_size=size), by_hand(name))
+
+
+@each_gradient
+@pytest.mark.parametrize("microbatch_size", [None, 8])
+def test_groups_are_steps_of_their_own(name, microbatch_size):
+    step = quick_jit(made(name))
+    groups = [jax.tree.map(lambda x, i=i: x[i : i + 4], BATCH) for i in range(0, 16, 4)]
+    alone = [step(PARAMS, start(name), group) for group in groups]
+    grouped = made(name, group_size=4, microbatch_size=microbatch_size)
+    value, grads, state = quick_jit(grouped)(PARAMS, start(name), BATCH)
+    expected = mean_of_trees([result[:2] for result in alone])
+    chex.assert_trees_all_close((value, grads), expected, **CLOSE)
+    for leaf, *each in zip(*map(jax.tree.leaves, (state, *(s for *_, s in alone))), strict=True):
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            np.testing.assert_allclose(leaf, np.mean(each, 0), **CLOSE)
+        else:
+            assert (leaf == each[-1]).all()
+
+
+@pytest.mark.parametrize("name", UPDATING)
+@pytest.mark.parametrize("option", ["group_size", "when"])
+def test_what_needs_gradients_refuses_updates(name, option):
+    options = {"group_size": {"group_size": 4}, "when": {"when": lambda step: step > 3}}[option]
+    with pytest.raises(ValueError, match=f"{option} cannot be used with sampa"):
+        made(name, **options)(PARAMS, start(name), BATCH, step=0)
+
+
+@each_gradient
+@pytest.mark.parametrize("sizes", [{}, {"microbatch_size": 4}, {"group_size": 4}], ids=str)
+def test_when(name, sizes):
+    step = made(name, when=lambda step: step >= 3, **sizes)
+
+    @quick_jit
+    def both(params, state, batch):
+        early, late = (step(params, state, batch, step=jnp.int32(i)) for i in (2, 3))
+        # Known while tracing: one branch only.
+        known = step(params, state, batch, step=2)
+        return early, late, known
+
+    early, late, known = both(PARAMS, start(name), BATCH)
+    plain = jax.value_and_grad(loss_of_batch)(PARAMS, BATCH)
+    for value, grads, state in (early, known):
+        chex.assert_trees_all_close((value, grads), plain, **CLOSE)
+        chex.assert_trees_all_equal(state, start(name))
+    expected = made(name, **sizes)
+    check(
+        ([late[:2]], late[2]),
+        (lambda result: ([result[:2]], result[2]))(quick_jit(expected)(PARAMS, start(name), BATCH)),
+    )
+    # Traced: one program for both.
+    traced = quick_jit(step)
+    for i, want in ((2, early), (3, late)):
+        got = traced(PARAMS, start(name), BATCH, step=jnp.int32(i))
+        check(([got[:2]], got[2]), ([want[:2]], want[2]))
+    assert traced._cache_size() == 1
+
+
+def replicated_but_the_previous_batch(state, value, batch):
+    """`value` for every leaf of a state but sampa's previous batch, which lies as batches do."""
+
+    def spec(path, _):
+        names = [getattr(key, "name", None) for key in path]
+        return batch if "previous_batch" in names else value
+
+    return jax.tree_util.tree_map_with_path(spec, state)
+
+
+def mesh_of_four():
+    return jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
+
+
+def shard_mapped(name, check_vma, **options):
+    mesh = mesh_of_four()
+    specs = replicated_but_the_previous_batch(start(name), P(), P("data"))
+    step = jax.shard_map(
+        made(name, axis_name="data", **options),
+        mesh=mesh,
+        in_specs=(P(), specs, P("data")),
+        out_specs=(P(), P(), specs),
+        check_vma=check_vma,
+    )
+    return quick_jit(step)
+
+
+each_way = pytest.mark.parametrize("way", ["checked", "unchecked", "pmap"])
+
+
+def mapped(name, way, **options):
+    if way != "pmap":
+        return shard_mapped(name, way == "checked", **options)
+    axes = replicated_but_the_previous_batch(start(name), None, 0)
+    step = jax.pmap(
+        made(name, axis_name="data", **options),
+        axis_name="data",
+        in_axes=(None, axes, 0),
+        out_axes=(None, None, axes),
+        devices=jax.devices()[:4],
+    )
+    parted = functools.partial(jax.tree.map, lambda x: x.reshape(4, -1, *x.shape[1:]))
+    whole = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
+
+    def at_previous_batch(fn, state):
+        return (
+            state._replace(previous_batch=fn(state.previous_batch))
+            if hasattr(state, "previous_batch")
+            else state
+        )
+
+    def on_whole(params, state, batch):
+        value, grads, state = step(params, at_previous_batch(parted, state), parted(batch))
+        return value, grads, at_previous_batch(whole, state)
+
+    return on_whole
+
+
+@each
+@each_way
+def test_devices_give_the_numbers_of_one(name, way):
+    check(two_steps(mapped(name, way), start(name)), by_hand(name))
+
+
+@each_gradient
+@each_way
+def test_groups_on_devices_give_the_numbers_of_one(name, way):
+    expected = through_the_door(name, group_size=2)
+    check(two_steps(mapped(name, way, group_size=2), start(name)), expected)
+
+
+@each
+def test_microbatches_on_devices_give_the_numbers_of_one(name):
+    check(two_steps(mapped(name, "checked", microbatch_size=2), start(name)), by_hand(name))
+
+
+@pytest.mark.parametrize("name", ["sam", "look", "efficient"])
+def test_when_on_devices_gives_the_numbers_of_one(name):
+    options = {"when": lambda step: step >= 3}
+    step = made(name, axis_name="data", **options)
+    mapped = quick_jit(
+        jax.shard_map(
+            lambda p, s, b, i: step(p, s, b, step=i),
+            mesh=mesh_of_four(),
+            in_specs=(P(), P(), P("data"), P()),
+            out_specs=P(),
+        )
+    )
+    one = quick_jit(made(name, **options))
+    for i in (2, 3):
+        got = mapped(PARAMS, start(name), BATCH, jnp.int32(i))
+        want = one(PARAMS, start(name), BATCH, step=jnp.int32(i))
+        check(([got[:2]], got[2]), ([want[:2]], want[2]))
+
+
+@each
+@pytest.mark.usefixtures("standard_promotion")
+def test_inject_hyperparams_under_jit(name):
+    method = ALL[name]
+    tx = optax.inject_hyperparams(method.make, static_args=method.structural)(rho=0.3)
+    step = quick_jit(value_and_grad(tx, losses_of_batch, q_of(method)))
+    results, state = two_steps(step, tx.init(PARAMS))
+    check((results, state.inner_state), by_hand(name))
+
+
+@each_gradient
+def test_conditionally_transform(name):
+    method = ALL[name]
+    tx = optax.conditionally_transform(method.make(0.3), lambda step: step % 2 == 0)
+    state = tx.init(PARAMS)
+    if method.needs_q:
+        # The door hands a method with Q no gradient of L: `when` does, at the cost of one.
+        with pytest.raises(TypeError, match="cond branch outputs"):
+            value_and_grad(tx, losses_of_batch, q_of(method))(PARAMS, state, BATCH)
+        return
+    step = quick_jit(value_and_grad(tx, losses_of_batch))
+    results, _ = two_steps(step, state)
+    plain = jax.grad(loss_of_batch)(optax.tree.scale(0.5, PARAMS), BATCH)
+    chex.assert_trees_all_close(results[1][1], plain, **CLOSE)
+    sharp = quick_jit(value_and_grad(method.make(0.3), losses_of_batch))
+    expected = sharp(PARAMS, start(name), BATCH)[1]
+    chex.assert_trees_all_close(results[0][1], expected, **CLOSE)
+
+
+@each
+def test_donation(name):
+    step = quick_jit(made(name), donate_argnums=(0, 1))
+    params, state = jax.tree.map(jnp.copy, PARAMS), ALL[name].make(0.3).init(PARAMS)
+    first = step(params, state, BATCH)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))
+    again = step(jax.tree.map(jnp.copy, PARAMS), first[2], BATCH)
+    # The batch is not the state's to give away.
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(BATCH))
+    chex.assert_tree_all_finite(again[:2])
+
+
+@each
+def test_bfloat16(name):
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
+    tx = ALL[name].make(0.3)
+    state = tx.init(narrow)
+    value, grads, new_state = quick_jit(made(name))(narrow, state, BATCH)
+    chex.assert_trees_all_equal_dtypes(grads, narrow)
+    chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
+    assert value.dtype == jnp.float32
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), narrow)
+    _, expected, _ = quick_jit(made(name))(wide, tx.init(wide), BATCH)
+    difference = jax.tree.map(lambda g, e: g.astype(jnp.float32) - e, grads, expected)
+    # The ascent gradient is bfloat16's own, and chooses in some methods.
+    loose = 0.5 if ALL[name].examples else 0.05
+    assert optax.tree.norm(difference) < loose * optax.tree.norm(expected)
+
+
+@each
+def test_export(name):
+    step, platforms = jax.jit(made(name)), ["tpu", "cuda", "rocm"]
+    exported = jax.export.export(step, platforms=platforms)(PARAMS, start(name), BATCH)
+    assert exported.platforms == ("tpu", "cuda", "rocm")
+
+
+@each
+def test_the_state_keeps_its_type(name):
+    step, state = quick_jit(made(name)), start(name)
+    _, _, new_state = step(PARAMS, state, BATCH)
+    chex.assert_trees_all_equal_structs(state, new_state)
+    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True):
+        assert jax.typeof(old) == jax.typeof(new)
+    step(PARAMS, new_state, BATCH)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("name", [n for n, method in ALL.items() if method.examples])
+def test_functions_of_examples_can_be_replaced(name):
+    """The user's own, which here look at other examples."""
+    other = mlp_batch(seed=5)
+    own = {
+        key: value
+        for key, value in arguments_of(other).items()
+        if key in ("example_losses_fn", "fisher_scores_fn")
+    }
+    step = made(name)
+    replaced = quick_jit(lambda p, s, b: step(p, s, b, **own))(PARAMS, start(name), BATCH)
+    difference = optax.tree.sub(replaced[1], through_the_door(name)[0][0][1])
+    assert optax.tree.norm(difference) > 1e-3
+    with_scalars = made(name, scalar=True)
+    same = quick_jit(lambda p, s, b: with_scalars(p, s, b, **own))(PARAMS, start(name), BATCH)
+    chex.assert_trees_all_close(same[1], replaced[1], **CLOSE)
