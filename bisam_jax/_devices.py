@@ -121,6 +121,21 @@ class OneOfMany(OneDevice):
         return jax.lax.all_gather(leaf, self._axis, tiled=True)
 
 
+def check_axis(axis_name: str) -> None:
+    """Raises unless the axis is one of those that the caller is mapped over.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    try:
+        jax.lax.axis_index(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name {axis_name!r} is not a mapped axis here: call the step inside jax.pmap or "
+            "jax.shard_map over it, or leave out axis_name under jax.jit."
+        ) from error
+
+
 def take(x: jax.Array, indices: jax.Array) -> jax.Array:
     """`x[indices]`, laid over the devices of an explicit mesh as `x` is."""
     x = jnp.asarray(x)

@@ -31,13 +31,13 @@ class LogitsLoss:
     def __init__(self, logits_fn: Callable[..., Any], loss: Callable[..., Any]) -> None:
         self.logits_fn, self.loss = logits_fn, loss
 
-    def __call__(self, params: Any, *batch: Any) -> Any:
+    def __call__(self, params: Any, *batch: Any, **named: Any) -> Any:
         """The loss; with aux if `logits_fn` returns some."""
-        out = self.logits_fn(params, *batch)
+        out = self.logits_fn(params, *batch, **named)
         if isinstance(out, tuple):
             logits, aux = out
-            return self.loss(logits, *batch), aux
-        return self.loss(out, *batch)
+            return self.loss(logits, *batch, **named), aux
+        return self.loss(out, *batch, **named)
 
     def logits(self, params: Any, *batch: Any) -> Any:
         """The logits only."""

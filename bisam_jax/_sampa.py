@@ -175,7 +175,7 @@ def sampa(
             return optimizer.update(gradient, state.sampa_optimizer, params, **extra_args)
 
         direction = state.lookahead_ascent if bilevel else state.lookahead_gradient
-        eps, ball_state = ball.update(direction, state.sampa_ball, float_part(params))
+        eps, ball_state = ball.update(direction, state.sampa_ball, float_part(params), **extra_args)
         # The first look-ahead is the start itself, without the weight decay of a zero gradient.
         ahead = _unless(first, float_part(descend(state.lookahead_gradient)[0]))
         points = [perturb(params, eps), perturb(params, ahead)]

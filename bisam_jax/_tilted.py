@@ -186,7 +186,7 @@ def _standard_normal(key: jax.Array, params: optax.Params, i: jax.Array) -> opta
 
 
 def _sample_of(noise: optax.Params, i: jax.Array) -> optax.Params:
-    return jax.tree.map(lambda leaf: leaf[i], noise)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf)[i], noise)
 
 
 def _checked_noise(noise: optax.Params, params: optax.Params, num_samples: int) -> optax.Params:

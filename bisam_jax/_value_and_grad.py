@@ -8,7 +8,7 @@ import optax
 from bisam_jax._batches import Batch, BatchLoss, BatchLossFn, check_not_explicit, check_splits
 from bisam_jax._chains import check_gives_gradients, check_is_first
 from bisam_jax._checks import MissingArgumentError, check_transformation
-from bisam_jax._devices import OneDevice, OneOfMany
+from bisam_jax._devices import OneDevice, OneOfMany, check_axis
 from bisam_jax._passes import Passes
 from bisam_jax._steps import When, conditional, grouped, plain_step, sharp_step
 
@@ -128,10 +128,11 @@ def value_and_grad(
         several devices, each has the examples of its own.
 
     Raises:
-        ValueError: if a size is not a positive integer, or does not divide the batch (or the other
-            size); if an array of the batch has no axis of examples; if ``tx`` lacks what it needs;
-            if a method is not the first in its chain; if ``tx`` contains the base optimizer and
-            there is ``group_size`` or ``when``; if ``step`` is missing.
+        ValueError: if ``axis_name`` is not mapped over; if a size is not a positive integer, or
+            does not divide the batch (or the other size); if an array of the batch has no axis of
+            examples; if ``tx`` lacks what it needs; if a method is not the first in its chain; if
+            ``tx`` contains the base optimizer and there is ``group_size`` or ``when``; if ``step``
+            is missing.
         TypeError: if ``tx`` is no transformation, a loss function does not return what it should,
             or an aux leaf can neither be joined nor averaged.
 
@@ -183,6 +184,8 @@ def value_and_grad(
     ) -> tuple:
         _check_call(extra_args)
         check_is_first(state)
+        if axis_name is not None:
+            check_axis(axis_name)
         if group_size is not None or microbatch_size is not None:
             check_splits(batch, group_size=group_size, microbatch_size=microbatch_size)
         if group_size is not None:

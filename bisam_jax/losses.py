@@ -32,33 +32,33 @@ def margins(
 ) -> Float[Array, "*batch classes"]:
     r"""How far each class's logit is above the true one's.
 
-        With :math:`f` the ``logits`` and :math:`y` the ``labels``, returns
-        :math:`F_j = f_j - f_y`. A positive entry is a class the model prefers to the true one, and
-        :math:`F_y = 0`.
+    With :math:`f` the ``logits`` and :math:`y` the ``labels``, returns
+    :math:`F_j = f_j - f_y`. A positive entry is a class the model prefers to the true one, and
+    :math:`F_y = 0`.
 
-        Args:
-            logits: unnormalised log probabilities, floating, with the classes along ``axis``.
-            labels: integers in ``[0, classes)``, of the shape of ``logits`` without ``axis``. A traced
-                label outside of them gives NaN.
-            axis: where the classes are.
+    Args:
+        logits: unnormalised log probabilities, floating, with the classes along ``axis``.
+        labels: integers in ``[0, classes)``, of the shape of ``logits`` without ``axis``. A traced
+            label outside of them gives NaN.
+        axis: where the classes are.
 
-        Returns:
-            An array of the shape of ``logits``, float32 for narrower logits.
+    Returns:
+        An array of the shape of ``logits``, float32 for narrower logits.
 
-        Raises:
-            TypeError: if ``logits`` are not floating or ``labels`` not integers.
-            ValueError: if the shapes do not fit, or a concrete label is outside ``[0, classes)``.
+    Raises:
+        TypeError: if ``logits`` are not floating or ``labels`` not integers.
+        ValueError: if the shapes do not fit, or a concrete label is outside ``[0, classes)``.
 
-        Examples:
-            >>> import jax.numpy as jnp
-    import numpy as np
-            >>> print(margins(jnp.array([[2.0, 1.0, 4.0]]), jnp.array([0])))
-            [[ 0. -1.  2.]]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> print(margins(jnp.array([[2.0, 1.0, 4.0]]), jnp.array([0])))
+        [[ 0. -1.  2.]]
     """
     given = labels
     logits, labels = _checked(logits, labels, axis)
     _check_range(given, logits.shape[axis])
-    labels = jnp.expand_dims(labels, axis)
+    # A negative index would count from the last class.
+    labels = jnp.expand_dims(jnp.where(labels < 0, logits.shape[axis], labels), axis)
     true_logit = jnp.take_along_axis(logits, labels, axis=axis)
     classes = jax.lax.broadcasted_iota(labels.dtype, logits.shape, axis % logits.ndim)
     # The true class is a constant: subtracting its logit from itself would leave, in the
@@ -69,28 +69,27 @@ def margins(
 def log_lower_bound(x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
     r"""The lower bound of the 0-1 loss used by BiSAM (-log).
 
-        Returns :math:`\phi(x) = 1 - \log(1 + e^{\gamma - x})` with :math:`\gamma = \log(e - 1)`. It
-        is increasing, zero at zero, linear far below it, and never above :math:`1[x > 0]`.
+    Returns :math:`\phi(x) = 1 - \log(1 + e^{\gamma - x})` with :math:`\gamma = \log(e - 1)`. It
+    is increasing, zero at zero, linear far below it, and never above :math:`1[x > 0]`.
 
-        Args:
-            x: margins, floating, of any shape.
+    Args:
+        x: margins, floating, of any shape.
 
-        Returns:
-            An array of the shape of ``x``, float32 for narrower ``x``.
+    Returns:
+        An array of the shape of ``x``, float32 for narrower ``x``.
 
-        Examples:
-            >>> import jax.numpy as jnp
-    import numpy as np
-            >>> jnp.set_printoptions(precision=4, suppress=True)
-            >>> print(log_lower_bound(jnp.array([-2.0, 0.0, 2.0])))
-            [-1.6171  0.      0.7909]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> jnp.set_printoptions(precision=4, suppress=True)
+        >>> print(log_lower_bound(jnp.array([-2.0, 0.0, 2.0])))
+        [-1.6171  0.      0.7909]
 
-        References:
-            Xie et al., `Improving SAM Requires Rethinking its Optimization Formulation
-            <https://arxiv.org/abs/2407.12993>`_, 2024, section 4.
+    References:
+        Xie et al., `Improving SAM Requires Rethinking its Optimization Formulation
+        <https://arxiv.org/abs/2407.12993>`_, 2024, section 4.
 
-        .. note:: The authors' code takes :math:`\phi(x) = x + 1 - \gamma` for
-            :math:`x < \gamma - 20`, which is 2e-9 more.
+    .. note:: The authors' code takes :math:`\phi(x) = x + 1 - \gamma` for
+        :math:`x < \gamma - 20`, which is 2e-9 more.
     """
     x = _at_least_float32(jnp.asarray(x))
     # phi = -log(1/e + (1 - 1/e) exp(-x)), in two branches so that no exponential overflows, and
@@ -104,28 +103,27 @@ def log_lower_bound(x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
 def tanh_lower_bound(x: Float[ArrayLike, "..."], alpha: ArrayLike = 0.1) -> Float[Array, "..."]:
     r"""The lower bound of the 0-1 loss used by BiSAM (tanh).
 
-        Returns :math:`\phi(x) = \tanh(\alpha x)`, with :math:`\alpha` (``alpha``) the slope at zero.
+    Returns :math:`\phi(x) = \tanh(\alpha x)`, with :math:`\alpha` (``alpha``) the slope at zero.
 
-        Args:
-            x: margins, floating, of any shape.
-            alpha: a positive scalar, possibly traced.
+    Args:
+        x: margins, floating, of any shape.
+        alpha: a positive scalar, possibly traced.
 
-        Returns:
-            An array of the shape of ``x``, float32 for narrower ``x``.
+    Returns:
+        An array of the shape of ``x``, float32 for narrower ``x``.
 
-        Raises:
-            ValueError: if a concrete ``alpha`` is not a positive finite scalar.
+    Raises:
+        ValueError: if a concrete ``alpha`` is not a positive finite scalar.
 
-        Examples:
-            >>> import jax.numpy as jnp
-    import numpy as np
-            >>> jnp.set_printoptions(precision=4, suppress=True)
-            >>> print(tanh_lower_bound(jnp.array([-2.0, 0.0, 2.0])))
-            [-0.1974  0.      0.1974]
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> jnp.set_printoptions(precision=4, suppress=True)
+        >>> print(tanh_lower_bound(jnp.array([-2.0, 0.0, 2.0])))
+        [-0.1974  0.      0.1974]
 
-        References:
-            Xie et al., `Improving SAM Requires Rethinking its Optimization Formulation
-            <https://arxiv.org/abs/2407.12993>`_, 2024, section 4.
+    References:
+        Xie et al., `Improving SAM Requires Rethinking its Optimization Formulation
+        <https://arxiv.org/abs/2407.12993>`_, 2024, section 4.
     """
     check_scalar("alpha", alpha, minimum=0.0, exclusive=True)
     x = _at_least_float32(jnp.asarray(x))
@@ -143,56 +141,55 @@ def perturbation_loss(
 ) -> Float[Array, "*batch"]:
     r"""BiSAM's perturbation loss: a smooth maximum of lower bounds of the 0-1 loss.
 
-        With the margins :math:`F` of ``logits`` and ``labels``, :math:`\phi` (``lower_bound``) and
-        :math:`\mu` (``mu``), returns for each example
+    With the margins :math:`F` of ``logits`` and ``labels``, :math:`\phi` (``lower_bound``) and
+    :math:`\mu` (``mu``), returns for each example
 
-        .. math:: Q = \frac{1}{\mu} \log \sum_j e^{\mu \phi(F_j)},
+    .. math:: Q = \frac{1}{\mu} \log \sum_j e^{\mu \phi(F_j)},
 
-        where :math:`j` runs over all classes, the true one included: what the player who picks the
-        perturbation maximises. It exceeds :math:`\max_j \phi(F_j)`, which is a lower bound of the 0-1
-        loss, by at most :math:`\log(K)/\mu` for :math:`K` classes.
+    where :math:`j` runs over all classes, the true one included: what the player who picks the
+    perturbation maximises. It exceeds :math:`\max_j \phi(F_j)`, which is a lower bound of the 0-1
+    loss, by at most :math:`\log(K)/\mu` for :math:`K` classes.
 
-        Args:
-            logits: unnormalised log probabilities, floating, with the classes along ``axis``.
-            labels: integers in ``[0, classes)``, of the shape of ``logits`` without ``axis``; any
-                integer, such as the -100 of padded tokens, where ``where`` leaves no class.
-            lower_bound: any function from margins to an array of their shape.
-                :func:`log_lower_bound` by default; for the paper's tanh variant, with its slope:
-                ``functools.partial(tanh_lower_bound, alpha=0.1)`` and ``mu=10``.
-            mu: a positive scalar, possibly traced; the larger, the closer to the maximum.
-            axis: where the classes are.
-            where: which classes take part: booleans of the shape of ``logits`` or ``labels``, as in
-                :func:`optax.losses.softmax_cross_entropy`. An example with no class left gives 0:
-                ``where=labels != -100`` leaves out padded tokens.
+    Args:
+        logits: unnormalised log probabilities, floating, with the classes along ``axis``.
+        labels: integers in ``[0, classes)``, of the shape of ``logits`` without ``axis``; any
+            integer, such as the -100 of padded tokens, where ``where`` leaves no class.
+        lower_bound: any function from margins to an array of their shape.
+            :func:`log_lower_bound` by default; for the paper's tanh variant, with its slope:
+            ``functools.partial(tanh_lower_bound, alpha=0.1)`` and ``mu=10``.
+        mu: a positive scalar, possibly traced; the larger, the closer to the maximum.
+        axis: where the classes are.
+        where: which classes take part: booleans of the shape of ``logits`` or ``labels``, as in
+            :func:`optax.losses.softmax_cross_entropy`. An example with no class left gives 0:
+            ``where=labels != -100`` leaves out padded tokens.
 
-        Returns:
-            An array of the shape of ``labels``, float32 for narrower logits. Values and gradients
-            are finite for all finite logits.
+    Returns:
+        An array of the shape of ``labels``, float32 for narrower logits. Values and gradients
+        are finite for all finite logits.
 
-        Raises:
-            TypeError: if ``logits`` are not floating, ``labels`` not integers, ``where`` not booleans,
-                or ``lower_bound`` is no function.
-            ValueError: if the shapes do not fit, a concrete label is outside ``[0, classes)``, or a
-                concrete ``mu`` is not a positive finite scalar.
+    Raises:
+        TypeError: if ``logits`` are not floating, ``labels`` not integers, ``where`` not booleans,
+            or ``lower_bound`` is no function.
+        ValueError: if the shapes do not fit, a concrete label is outside ``[0, classes)``, or a
+            concrete ``mu`` is not a positive finite scalar.
 
-        Examples:
-            >>> import functools
-            >>> import jax.numpy as jnp
-    import numpy as np
-            >>> jnp.set_printoptions(precision=4, suppress=True)
-            >>> logits, labels = jnp.array([[2.0, 1.0, 4.0], [9.0, 1.0, 0.0]]), jnp.array([0, 0])
-            >>> print(perturbation_loss(logits, labels))
-            [1.3042 0.0007]
-            >>> tanh = functools.partial(tanh_lower_bound, alpha=0.1)
-            >>> print(perturbation_loss(logits, labels, lower_bound=tanh, mu=10.0))
-            [0.2148 0.0002]
+    Examples:
+        >>> import functools
+        >>> import jax.numpy as jnp
+        >>> jnp.set_printoptions(precision=4, suppress=True)
+        >>> logits, labels = jnp.array([[2.0, 1.0, 4.0], [9.0, 1.0, 0.0]]), jnp.array([0, 0])
+        >>> print(perturbation_loss(logits, labels))
+        [1.3042 0.0007]
+        >>> tanh = functools.partial(tanh_lower_bound, alpha=0.1)
+        >>> print(perturbation_loss(logits, labels, lower_bound=tanh, mu=10.0))
+        [0.2148 0.0002]
 
-        References:
-            Xie et al., `Improving SAM Requires Rethinking its Optimization Formulation
-            <https://arxiv.org/abs/2407.12993>`_, 2024, section 4.
+    References:
+        Xie et al., `Improving SAM Requires Rethinking its Optimization Formulation
+        <https://arxiv.org/abs/2407.12993>`_, 2024, section 4.
 
-        .. note:: The authors' published code leaves out :math:`1/\mu`; the direction of the gradient,
-            all that a normalised perturbation uses, is the same.
+    .. note:: The authors' published code leaves out :math:`1/\mu`; the direction of the gradient,
+        all that a normalised perturbation uses, is the same.
     """
     check_scalar("mu", mu, minimum=0.0, exclusive=True)
     if not callable(lower_bound):
@@ -241,7 +238,9 @@ def _lowest(x: jax.Array) -> float:
     return math.ceil(math.log(jnp.finfo(x.dtype).tiny))
 
 
-def _smooth_max(x: jax.Array, mu: ArrayLike, axis: int, where: jax.Array | None) -> jax.Array:
+def _smooth_max(
+    x: jax.Array, mu: ArrayLike, axis: int, where: jax.Array | np.ndarray | None
+) -> jax.Array:
     """`logsumexp(mu * x) / mu`, finite also where `mu * x` is not; 0 over no elements."""
     mu = jnp.asarray(mu, x.dtype)
     largest = jnp.max(x, axis=axis, keepdims=True, where=where, initial=-jnp.inf)
@@ -289,22 +288,23 @@ def _check_range(labels: ArrayLike, classes: int) -> None:
         )
 
 
-def _where_any_class(where: jax.Array, labels: ArrayLike, axis: int) -> ArrayLike:
+def _where_any_class(where: jax.Array | np.ndarray, labels: ArrayLike, axis: int) -> ArrayLike:
     """The labels, 0 for examples without a class."""
     if isinstance(where, jax.core.Tracer) or isinstance(labels, jax.core.Tracer):
-        return jnp.where(where.any(axis), jnp.asarray(labels), 0)
-    # NumPy: what is concrete stays so under jit, and is checked.
+        return jnp.where(jnp.asarray(where).any(axis), jnp.asarray(labels), 0)
     return np.where(np.asarray(where).any(axis), np.asarray(labels), 0)
 
 
-def _class_mask(where: ArrayLike, shape: tuple[int, ...], axis: int) -> jax.Array:
-    mask = jnp.asarray(where)
+def _class_mask(where: ArrayLike, shape: tuple[int, ...], axis: int) -> jax.Array | np.ndarray:
+    # NumPy: what is concrete stays so under jit, and labels are checked where it holds.
+    xp = jnp if isinstance(where, jax.core.Tracer) else np
+    mask = xp.asarray(where)
     if mask.dtype != jnp.bool_:
         raise TypeError(f"where must be booleans, got dtype {mask.dtype}.")
     if mask.ndim == len(shape) - 1:
-        mask = jnp.expand_dims(mask, axis)
+        mask = xp.expand_dims(mask, axis)
     try:
-        return jnp.broadcast_to(mask, shape)
+        return xp.broadcast_to(mask, shape)
     except ValueError:
         raise ValueError(
             f"where must have the shape of logits, {shape}, or of labels, got {jnp.shape(where)}."

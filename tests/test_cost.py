@@ -14,13 +14,17 @@ from bisam_jax import (
     bisam,
     efficient_sam,
     friendly_sam,
+    functional_sam,
     gsam,
+    logits_loss,
+    look_sam,
     perturbation_loss,
     sam,
     sampa,
     sparse_sam_dynamic,
     tilted_sam,
     value_and_grad,
+    weighted_sam,
 )
 
 
@@ -42,9 +46,11 @@ def logits_of(params, x):
     return jax.nn.relu(conv(x, params["conv2"])).mean((1, 2)) @ params["head"]
 
 
-def loss_fn(params, batch):
-    logits = logits_of(params, batch["x"])
+def mean_cross_entropy(logits, batch):
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+
+loss_fn = logits_loss(lambda params, batch: logits_of(params, batch["x"]), mean_cross_entropy)
 
 
 def perturbation_loss_fn(params, batch):
@@ -121,7 +127,73 @@ FAMILY = {
     "bilateral, bilevel": (lambda: bilateral_sam(0.1, 0.1), perturbation_loss_fn, 4 - 1 / 3),
     "friendly": (lambda: friendly_sam(0.1), perturbation_loss_fn, 2),
     "sparse": (lambda: sparse_sam_dynamic(0.1), perturbation_loss_fn, 2),
+    "weighted": (lambda: weighted_sam(0.1), None, 2),
+    "weighted, bilevel": (lambda: weighted_sam(0.1), perturbation_loss_fn, 3 - 1 / 3),
+    # XLA shares the forward pass at the parameters here too.
+    "functional": (lambda: functional_sam(0.1), None, 2),
+    "functional, bilevel": (lambda: functional_sam(0.1), perturbation_loss_fn, 2),
 }
+
+
+@pytest.mark.parametrize(
+    ("make", "q"), [(bisam, perturbation_loss_fn), (sam, None), (gsam, None)], ids=str
+)
+@pytest.mark.parametrize(("step", "gradients"), [(2, 1.00), (3, 2.00)])
+def test_when_costs_one_gradient_or_two(make, q, step, gradients):
+    tx = make(0.1)
+    due = value_and_grad(tx, loss_fn, q, when=lambda step: step >= 3)
+    ratio = flops(functools.partial(due, step=step), tx) / flops_of_a_gradient()
+    assert ratio == pytest.approx(gradients, rel=0.02)
+
+
+def test_when_computes_one_branch_of_a_traced_step():
+    evaluated = []
+
+    def noted(w, batch):
+        jax.debug.callback(lambda: evaluated.append(None))
+        return jnp.sum(w**2)
+
+    for tx, each in ((bisam(0.1), 2), (gsam(0.1), 3)):
+        step = jax.jit(value_and_grad(tx, noted, noted, when=lambda step: step >= 2))
+        for i in range(4):
+            evaluated.clear()
+            jax.block_until_ready(step(jnp.ones(2), tx.init(jnp.ones(2)), None, step=i))
+            jax.effects_barrier()
+            assert len(evaluated) == (each if i >= 2 else 1)
+
+
+@pytest.mark.parametrize("q", [None, perturbation_loss_fn], ids=["sam", "bisam"])
+def test_look_computes_the_second_gradient_every_kth_step(q):
+    """And with a perturbation loss, no gradient of that in between: only its value."""
+    tx, evaluated = look_sam(0.1, k=3), []
+
+    def counted(fn):
+        @jax.custom_vjp
+        def noted(params, batch):
+            return fn(params, batch)
+
+        def forward(params, batch):
+            return jax.vjp(fn, params, batch)
+
+        def backward(pullback, cotangent):
+            jax.debug.callback(lambda: evaluated.append(None))
+            return pullback(cotangent)
+
+        noted.defvjp(forward, backward)
+        return noted
+
+    def square(w, batch):
+        return jnp.sum(w**2)
+
+    step = jax.jit(value_and_grad(tx, counted(square), q and counted(square)))
+    w = jnp.ones(2)
+    state = tx.init(w)
+    for i in range(4):
+        evaluated.clear()
+        _, grads, state = step(w, state, jnp.ones(2))
+        jax.block_until_ready(grads)
+        jax.effects_barrier()
+        assert len(evaluated) == (2 + (q is not None) if i % 3 == 0 else 1)
 
 
 @pytest.mark.parametrize(("make", "q", "gradients"), FAMILY.values(), ids=FAMILY)
@@ -177,7 +249,7 @@ def test_efficient_is_a_gradient_a_forward_pass_and_gamma_of_a_gradient(gamma):
             grads,
             state,
             params,
-            losses=losses,
+            example_losses=losses,
             example_losses_fn=lambda p, indices: losses_of(p, indices, batch),
         )
 
@@ -188,7 +260,7 @@ def test_efficient_is_a_gradient_a_forward_pass_and_gamma_of_a_gradient(gamma):
 
 
 def test_sampa_is_two_gradients():
-    tx = sampa(optax.sgd(0.1, momentum=0.9), 0.1)
+    tx = sampa(optax.sgd(0.1, momentum=0.9), 0.1, batch_like=BATCH)
     calls = []
 
     def counted(params, batch):
@@ -196,9 +268,7 @@ def test_sampa_is_two_gradients():
         return loss_fn(params, batch)
 
     def step(params, state, batch):
-        return tx.update(
-            None, state, params, batch_loss_fn=counted, batch=batch, previous_batch=batch
-        )
+        return tx.update(None, state, params, batch_loss_fn=counted, batch=batch)
 
     assert flops(step, tx) / flops_of_a_gradient() == pytest.approx(2, rel=0.02)
     assert calls == [BATCH["x"].shape] * 2
@@ -249,7 +319,7 @@ def test_one_extra_copy_of_the_parameters_during_a_step():
     params = {"w": jax.ShapeDtypeStruct((2048, 2048), jnp.float32)}
     batch = {"x": jax.ShapeDtypeStruct((8, 2048), jnp.float32)}
     size = 4 * params["w"].size
-    tx = optax.chain(bisam(0.1), optax.sgd(0.1))
+    tx = optax.chain(sam(0.1), optax.sgd(0.1))
 
     def sharp(params, state, batch):
         _, updates, state = value_and_grad(tx, big_loss)(params, state, batch)

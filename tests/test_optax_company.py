@@ -36,14 +36,21 @@ GRADS = quick_jit(jax.grad(loss_fn))(PARAMS)
 
 @functools.partial(quick_jit, static_argnames="make")
 def sharp(rho, make=bisam):
-    """The gradient that `make` hands on, where the loss is ascended."""
+    """The gradient that `make` hands on, where Q is ascended."""
     tx = make(rho)
-    return tx.update(GRADS, tx.init(PARAMS), PARAMS, loss_fn=loss_fn)[0]
+    losses = {"loss_fn": loss_fn, "perturbation_loss_fn": q}
+    return tx.update(GRADS, tx.init(PARAMS), PARAMS, **losses)[0]
 
 
 @functools.partial(quick_jit, static_argnames="tx")
 def update(tx, state, grads):
-    return tx.update(grads, state, PARAMS, loss_fn=loss_fn)
+    return tx.update(grads, state, PARAMS, loss_fn=loss_fn, perturbation_loss_fn=q)
+
+
+@functools.partial(quick_jit, static_argnames="tx")
+def update_with(tx, state, grads, grads_of_q):
+    losses = {"loss_fn": loss_fn, "perturbation_grads": grads_of_q}
+    return tx.update(grads, state, PARAMS, **losses)
 
 
 def train(tx, steps, **extra_args):
@@ -89,12 +96,12 @@ def test_base_optimizers_get_the_gradient_and_learn(optimizer):
 def test_inject_hyperparams(make):
     injected = optax.inject_hyperparams(make)(rho=optax.linear_schedule(0.1, 0.3, 2))
     state = injected.init(PARAMS)
-    step = quick_jit(lambda state: injected.update(GRADS, state, PARAMS, loss_fn=loss_fn))
+    before, step = update._cache_size(), functools.partial(update, injected, grads=GRADS)
     for rho in (0.1, 0.2, 0.3):
         grads, state = step(state)
         assert state.hyperparams["rho"] == pytest.approx(rho)
         chex.assert_trees_all_close(grads, sharp(rho, make), **CLOSE)
-    assert step._cache_size() == 1
+    assert update._cache_size() == before + 1
     fixed = optax.inject_hyperparams(make)(rho=0.1)
     state = fixed.init(PARAMS)
     state.hyperparams["rho"] = jnp.asarray(0.0)
@@ -125,9 +132,11 @@ def test_multi_steps_after_the_step_is_m_sharpness():
 
     @quick_jit
     def step(state, batch):
-        ascent = jax.grad(perturbation_loss_of_batch)(PARAMS, batch)
-        loss_fn = functools.partial(loss_of_batch, batch=batch)
-        return accumulated.update(ascent, state, PARAMS, loss_fn=loss_fn)
+        losses = {
+            "loss_fn": functools.partial(loss_of_batch, batch=batch),
+            "perturbation_loss_fn": functools.partial(perturbation_loss_of_batch, batch=batch),
+        }
+        return accumulated.update(None, state, PARAMS, **losses)
 
     state = accumulated.init(PARAMS)
     for i in range(4):
@@ -167,7 +176,7 @@ def test_apply_if_finite_around_and_after_it():
     after = optax.chain(bisam(0.1), optax.apply_if_finite(optax.sgd(0.1), 5))
     around = optax.apply_if_finite(optax.chain(bisam(0.1), optax.sgd(0.1)), 5)
     for tx in (after, around):
-        updates, state = update(tx, tx.init(PARAMS), broken)
+        updates, state = update_with(tx, tx.init(PARAMS), broken, broken)
         assert optax.tree.norm(updates) == 0
         assert optax.tree.get(state, "total_notfinite") == 1
         updates, _ = update(tx, state, GRADS)

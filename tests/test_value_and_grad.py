@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from bisam_jax import asam, bisam, l2_ball, sam, value_and_grad
+from bisam_jax import bisam, efficient_sam, l2_ball, sam, value_and_grad
 from tests.compiled import quick_jit
 from tests.problems import (
     loss_of_batch,
@@ -18,7 +18,7 @@ from tests.problems import (
 )
 
 PARAMS, BATCH = mlp_params(), mlp_batch()
-TX = bisam(rho=0.3)
+SAM, BISAM = sam(rho=0.3), bisam(rho=0.3)
 CLOSE = {"rtol": 2e-5, "atol": 1e-6}
 
 
@@ -33,12 +33,12 @@ def with_aux(fn):
 
 
 @functools.cache
-def step_of(loss_fn=loss_of_batch, q=None, *, tx=TX, **arguments):
+def step_of(loss_fn=loss_of_batch, q=None, *, tx=SAM, **arguments):
     """A compiled step, shared by the tests that ask for the same one."""
     return quick_jit(value_and_grad(tx, loss_fn, q, **arguments))
 
 
-def result_of(*losses, tx=TX, batch=None, **arguments):
+def result_of(*losses, tx=SAM, batch=None, **arguments):
     step = step_of(*losses, tx=tx, **arguments)
     return step(PARAMS, tx.init(PARAMS), BATCH if batch is None else batch)
 
@@ -47,8 +47,12 @@ def result_of(*losses, tx=TX, batch=None, **arguments):
 def by_hand(tx, batch, q=perturbation_loss_of_batch):
     """The step as its definition says, on one batch."""
     value, ascent = jax.value_and_grad(q)(PARAMS, batch)
-    loss_fn = functools.partial(loss_of_batch, batch=batch)
-    return value, *tx.update(ascent, tx.init(PARAMS), PARAMS, loss_fn=loss_fn)
+
+    def loss_fn(params):
+        return loss_of_batch(params, batch)
+
+    given = {"loss_fn": loss_fn, "perturbation_grads": ascent}
+    return value, *tx.update(None, tx.init(PARAMS), PARAMS, **given)
 
 
 def part_of(batch, part):
@@ -59,22 +63,12 @@ def mean_of(trees):
     return jax.tree.map(lambda *leaves: np.mean(np.stack(leaves), 0), *trees)
 
 
-@pytest.mark.parametrize("make", [bisam, sam, asam])
-@pytest.mark.parametrize("q", [perturbation_loss_of_batch, None], ids=["q", "no q"])
-def test_whole_batch(make, q):
-    tx = make(rho=0.3)
-    expected = by_hand(tx, BATCH, q or loss_of_batch)
-    chex.assert_trees_all_close(result_of(loss_of_batch, q, tx=tx), expected, **CLOSE)
-
-
 def test_aux_is_that_of_the_clean_pass():
-    losses = loss_of_batch, with_aux(perturbation_loss_of_batch)
-    (value, aux), grads, _ = result_of(*losses, has_aux=True)
+    losses = with_aux(loss_of_batch), with_aux(perturbation_loss_of_batch)
+    (value, aux), grads, _ = result_of(*losses, has_aux=True, tx=BISAM)
     chex.assert_trees_all_close(aux["logits"], mlp_logits(PARAMS, BATCH["x"]), **CLOSE)
-    expected = by_hand(TX, BATCH)
+    expected = by_hand(BISAM, BATCH)
     chex.assert_trees_all_close((value, grads), expected[:2], **CLOSE)
-    both = with_aux(loss_of_batch), with_aux(perturbation_loss_of_batch)
-    chex.assert_trees_all_equal(result_of(*both, has_aux=True), ((value, aux), grads, _))
 
 
 def test_each_function_is_called_once():
@@ -84,29 +78,29 @@ def test_each_function_is_called_once():
         return lambda params, batch: (calls.append(name), fn(params, batch))[1]
 
     step = value_and_grad(
-        TX, counted("loss", loss_of_batch), counted("q", perturbation_loss_of_batch)
+        BISAM, counted("loss", loss_of_batch), counted("q", perturbation_loss_of_batch)
     )
-    jax.eval_shape(step, PARAMS, TX.init(PARAMS), BATCH)
+    jax.eval_shape(step, PARAMS, BISAM.init(PARAMS), BATCH)
     assert calls == ["q", "loss"]
 
 
 @pytest.mark.parametrize("microbatch_size", [1, 4, 8, 16])
 def test_microbatches_equal_the_whole_batch(microbatch_size):
     losses = with_aux(loss_of_batch), with_aux(perturbation_loss_of_batch)
-    whole = result_of(*losses, has_aux=True)
-    parts = result_of(*losses, has_aux=True, microbatch_size=microbatch_size)
+    whole = result_of(*losses, has_aux=True, tx=BISAM)
+    parts = result_of(*losses, has_aux=True, microbatch_size=microbatch_size, tx=BISAM)
     chex.assert_trees_all_close(parts, whole, **CLOSE)
 
 
 @pytest.mark.parametrize("microbatch_size", [None, 4, 8, 16])
 def test_groups_have_perturbations_of_their_own(microbatch_size):
-    groups = [by_hand(TX, part_of(BATCH, slice(i, i + 4))) for i in range(0, 16, 4)]
+    groups = [by_hand(BISAM, part_of(BATCH, slice(i, i + 4))) for i in range(0, 16, 4)]
     value, grads = mean_of([group[:2] for group in groups])
-    losses = loss_of_batch, with_aux(perturbation_loss_of_batch)
+    losses = with_aux(loss_of_batch), with_aux(perturbation_loss_of_batch)
     sizes = {"group_size": 4, "microbatch_size": microbatch_size}
-    (got_value, aux), got_grads, state = result_of(*losses, has_aux=True, **sizes)
+    (got_value, aux), got_grads, state = result_of(*losses, has_aux=True, tx=BISAM, **sizes)
     chex.assert_trees_all_close((got_value, got_grads), (value, grads), **CLOSE)
-    chex.assert_trees_all_equal_structs(state, TX.init(PARAMS))
+    chex.assert_trees_all_equal_structs(state, BISAM.init(PARAMS))
     logits = mlp_logits(PARAMS, BATCH["x"])
     expected = {"logits": logits, "mean": logits.mean(), "per class": logits.mean(0)}
     chex.assert_trees_all_close(aux, expected, **CLOSE)
@@ -115,7 +109,7 @@ def test_groups_have_perturbations_of_their_own(microbatch_size):
 def test_one_group_is_the_whole_batch_and_groups_of_one_are_examples():
     whole = result_of(loss_of_batch)
     chex.assert_trees_all_close(result_of(loss_of_batch, group_size=16), whole, **CLOSE)
-    examples = [by_hand(TX, part_of(BATCH, slice(i, i + 1)), loss_of_batch) for i in range(16)]
+    examples = [by_hand(SAM, part_of(BATCH, slice(i, i + 1)), loss_of_batch) for i in range(16)]
     alone = result_of(loss_of_batch, group_size=1)
     chex.assert_trees_all_close(alone[:2], mean_of([e[:2] for e in examples]), **CLOSE)
     assert optax.tree.norm(optax.tree.sub(alone[1], whole[1])) > 1e-3
@@ -125,13 +119,13 @@ def test_one_group_is_the_whole_batch_and_groups_of_one_are_examples():
 @pytest.mark.parametrize("group_size", [None, 4])
 def test_state_moves_once_a_step(group_size, microbatch_size):
     schedule = optax.linear_schedule(0.1, 0.5, 4)
-    tx = bisam(schedule)
+    tx = sam(schedule)
     sizes = {"group_size": group_size, "microbatch_size": microbatch_size}
     step = step_of(tx=tx, **sizes)
 
     @quick_jit
     def expected(rho):
-        constant = bisam(rho)
+        constant = sam(rho)
         step = value_and_grad(constant, loss_of_batch, **sizes)
         return step(PARAMS, constant.init(PARAMS), BATCH)[1]
 
@@ -143,9 +137,9 @@ def test_state_moves_once_a_step(group_size, microbatch_size):
     assert step._cache_size() == 1
 
 
-@pytest.mark.parametrize("sizes", [{}, {"microbatch_size": 4}, {"group_size": 4}])
+@pytest.mark.parametrize("sizes", [{}, {"microbatch_size": 4}])
 def test_a_chain_with_the_base_optimizer(sizes):
-    tx = optax.chain(TX, optax.sgd(0.1, momentum=0.9))
+    tx = optax.chain(SAM, optax.sgd(0.1, momentum=0.9))
     _, updates, state = result_of(loss_of_batch, tx=tx, **sizes)
     _, grads, _ = result_of(loss_of_batch, **sizes)
     chex.assert_trees_all_close(updates, optax.tree.scale(-0.1, grads), **CLOSE)
@@ -159,7 +153,7 @@ def test_leaves_that_are_not_floating_get_zeros(sizes):
     def loss_fn(params, batch):
         return loss_of_batch(params["w"], batch)
 
-    _, grads, _ = step_of(loss_fn, **sizes)(params, TX.init(params), BATCH)
+    _, grads, _ = step_of(loss_fn, **sizes)(params, SAM.init(params), BATCH)
     assert grads["steps"] == 0
     assert grads["steps"].dtype == params["steps"].dtype
     assert grads["key"].dtype == jax.dtypes.float0
@@ -172,9 +166,9 @@ def test_narrow_parameters_accumulate_in_float32(sizes):
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), narrow)
     batch = mlp_batch(examples=512)
     step = step_of(**sizes)
-    _, grads, _ = step(narrow, TX.init(narrow), batch)
+    _, grads, _ = step(narrow, SAM.init(narrow), batch)
     chex.assert_trees_all_equal_dtypes(grads, narrow)
-    _, expected, _ = step(wide, TX.init(wide), batch)
+    _, expected, _ = step(wide, SAM.init(wide), batch)
     difference = jax.tree.map(lambda g, e: g.astype(jnp.float32) - e, grads, expected)
     assert optax.tree.norm(difference) < 0.02 * optax.tree.norm(expected)
 
@@ -189,9 +183,9 @@ def test_extra_args_and_numpy_batches():
     x, y = rng.normal(size=(16, 3)).astype(np.float32), rng.normal(size=16).astype(np.float32)
     w, batch = jnp.ones(3), {"x": x, "y": y}
     for sizes in ({}, {"microbatch_size": 8}, {"group_size": 8}):
-        step = value_and_grad(TX, loss_fn, **sizes)
-        with_extra = step(w, TX.init(w), batch, unknown=jnp.ones(3))
-        expected = quick_jit(step)(w, TX.init(w), batch)
+        step = value_and_grad(SAM, loss_fn, **sizes)
+        with_extra = step(w, SAM.init(w), batch, unknown=jnp.ones(3), step=7)
+        expected = quick_jit(step)(w, SAM.init(w), batch)
         chex.assert_trees_all_close(with_extra, expected, **CLOSE)
 
 
@@ -210,7 +204,7 @@ def test_integer_aux_of_one_or_several_parts():
 @pytest.mark.parametrize("tx", [optax.sgd(0.1), l2_ball(0.1)], ids=["sgd", "ball"])
 def test_a_transformation_that_never_descends_is_refused(tx):
     step = value_and_grad(tx, loss_of_batch, perturbation_loss_of_batch)
-    with pytest.raises(ValueError, match="tx never evaluated loss_fn"):
+    with pytest.raises(ValueError, match="tx returned no gradient"):
         jax.eval_shape(step, PARAMS, tx.init(PARAMS), BATCH)
 
 
@@ -234,9 +228,14 @@ def test_per_example_keys_are_split_with_the_batch():
 def step_with(**arguments):
     batch = arguments.pop("batch", BATCH)
     q = arguments.pop("q", None)
-    return value_and_grad(TX, arguments.pop("loss_fn", loss_of_batch), q, **arguments)(
-        PARAMS, TX.init(PARAMS), batch
-    )
+    loss_fn = arguments.pop("loss_fn", loss_of_batch)
+    tx, extra = arguments.pop("tx", SAM), arguments.pop("extra", {})
+    step = value_and_grad(tx, loss_fn, q, **arguments)
+    return step(PARAMS, tx.init(PARAMS), batch, **extra)
+
+
+def by_group_with_optimizer():
+    return {"group_size": 4, "tx": optax.chain(BISAM, optax.sgd(0.1, momentum=0.9))}
 
 
 @pytest.mark.parametrize(
@@ -277,18 +276,71 @@ def step_with(**arguments):
         (
             {"has_aux": True},
             TypeError,
-            r"loss_fn makes the clean pass.* must return \(value, aux\)",
+            r"with has_aux=True, loss_fn must return \(loss, aux\)",
         ),
         (
-            {"has_aux": True, "q": perturbation_loss_of_batch},
+            {
+                "loss_fn": with_aux(loss_of_batch),
+                "has_aux": True,
+                "q": perturbation_loss_of_batch,
+            },
             TypeError,
-            "perturbation_loss_fn makes the clean pass",
+            r"with has_aux=True, perturbation_loss_fn must return \(loss, aux\)",
         ),
-        ({"loss_fn": with_aux(loss_of_batch)}, TypeError, "loss_fn must return one real"),
+        ({"loss_fn": with_aux(loss_of_batch)}, TypeError, "loss_fn must return .* has_aux=True"),
         (
             {"q": lambda p, b: mlp_logits(p, b["x"])},
             TypeError,
-            r"perturbation_loss_fn must return one real floating scalar, got float32\[16, 3\]",
+            r"perturbation_loss_fn must return one real floating scalar, or one loss per example "
+            r"of the batch, floating\[16\], got float32\[16, 3\]",
+        ),
+        (
+            {"loss_fn": lambda p, b: mlp_logits(p, b["x"])[:4, 0]},
+            TypeError,
+            r"loss_fn must return .*floating\[16\], got float32\[4\]",
+        ),
+        ({"loss_fn": lambda p, b: b["y"]}, TypeError, r"loss_fn must return .*got int32\[16\]"),
+        ({"loss_fn": None}, TypeError, "loss_fn must be a function of"),
+        ({"q": 1.0}, TypeError, "perturbation_loss_fn must be a function of"),
+        ({"when": True}, TypeError, "when must be a function of the step, got True"),
+        ({"when": lambda step: step, "extra": {"step": 3}}, TypeError, "when must return one bool"),
+        (
+            {"when": lambda step: step > 3},
+            ValueError,
+            r"step is missing: .* step\(..., step=step\)",
+        ),
+        ({"axis_name": 0}, TypeError, "axis_name must be the name of one mapped axis, got 0"),
+        ({"axis_name": "batch"}, ValueError, "axis_name 'batch' is not a mapped axis here"),
+        (by_group_with_optimizer(), ValueError, "group_size needs a tx that is the method only"),
+        (
+            {
+                "when": lambda step: step > 3,
+                "extra": {"step": 3},
+                "tx": optax.chain(SAM, optax.sgd(1)),
+            },
+            ValueError,
+            "when needs a tx that is the method only, got a chain",
+        ),
+        (
+            {"tx": optax.chain(optax.sgd(0.1), SAM)},
+            ValueError,
+            "method is number 2 in its chain, and must be the first",
+        ),
+        (
+            {"tx": optax.chain(optax.sgd(0.1), BISAM), "q": perturbation_loss_of_batch},
+            ValueError,
+            "method is number 2 in its chain, and must be the first",
+        ),
+        (
+            {"extra": {"perturbation_loss_fn": lambda p: 0.0}},
+            ValueError,
+            "perturbation_loss_fn cannot be passed to the step",
+        ),
+        ({"tx": BISAM}, ValueError, "pass perturbation_loss_fn to value_and_grad; .* use sam"),
+        (
+            {"tx": efficient_sam(0.1)},
+            ValueError,
+            "single examples, and loss_fn returns their mean: return one loss per example",
         ),
         (
             {
