@@ -193,6 +193,9 @@ def aux_rules(loss: BatchLoss, params: Any, batch: Batch, size: int) -> AuxRules
 
 def _of_length(x: Any, length: int) -> jax.Array:
     x = jnp.asarray(x)
+    if jax.typeof(x).sharding.mesh.are_all_axes_explicit:
+        # Only traced: a part need not divide over the devices.
+        x = jax.sharding.reshard(x, jax.sharding.PartitionSpec())
     return x[:length] if length <= len(x) else jnp.concatenate([x] * -(-length // len(x)))[:length]
 
 

@@ -17,7 +17,7 @@ class OneDevice:
     """The step sees the whole batch."""
 
     def enter(self, params: Any) -> Any:
-        """The parameters, so that the gradient of a :meth:`mean` is that of the whole batch."""
+        """The parameters, so that a :meth:`mean_loss` has the gradient of the whole batch."""
         return params
 
     def own(self, tree: Any) -> Any:
@@ -27,6 +27,10 @@ class OneDevice:
     def mean(self, tree: Any) -> Any:
         """The mean over the devices."""
         return tree
+
+    def mean_loss(self, loss: jax.Array) -> jax.Array:
+        """The mean over the devices of a loss of parameters that went through :meth:`enter`."""
+        return loss
 
     def total(self, tree: Any) -> Any:
         """The sum over the devices."""
@@ -77,6 +81,12 @@ class OneOfMany(OneDevice):
     def mean(self, tree: Any) -> Any:
         """See :class:`OneDevice`."""
         return jax.lax.pmean(self.own(tree), self._axis)
+
+    def mean_loss(self, loss: jax.Array) -> jax.Array:
+        """See :class:`OneDevice`."""
+        if _is_checked(self._axis):
+            return self.mean(loss)
+        return _mean_with_own_gradient(loss, self._axis)
 
     def total(self, tree: Any) -> Any:
         """See :class:`OneDevice`."""
@@ -180,3 +190,17 @@ def _with_mean_gradient(params: Any, axis_name: str) -> Any:
         lambda params: (params, None), lambda _, gradient: (jax.lax.pmean(gradient, axis_name),)
     )
     return identity(params)
+
+
+def _mean_with_own_gradient(loss: jax.Array, axis_name: str) -> jax.Array:
+    """The mean over the devices, whose gradient is the loss's own.
+
+    The gradients are averaged once, where the parameters enter; JAX would sum here too.
+    """
+
+    @jax.custom_vjp
+    def mean(loss: jax.Array) -> jax.Array:
+        return jax.lax.pmean(loss, axis_name)
+
+    mean.defvjp(lambda loss: (mean(loss), None), lambda _, cotangent: (cotangent,))
+    return mean(loss)

@@ -47,7 +47,7 @@ class Passes:
 
         def mean(params: Any) -> tuple[jax.Array, Parts]:
             value, parts = loss.with_parts(self.devices.enter(params), batch)
-            return self.devices.mean(value), parts
+            return self.devices.mean_loss(value), parts
 
         value, pullback, parts = jax.vjp(mean, params, has_aux=True)
         parts = self.merged(loss, params, batch, parts)
@@ -79,7 +79,7 @@ class Passes:
         def mean(params: Any, batch: Batch) -> jax.Array:
             size = self._size(batch)
             part = fn if size is None else _accumulated(fn, size)
-            return self.devices.mean(part(self.devices.enter(params), batch))
+            return self.devices.mean_loss(part(self.devices.enter(params), batch))
 
         return mean
 
@@ -153,7 +153,8 @@ def _in_parts(losses: BatchLossFn, params: Any, batch: Batch, size: int | None) 
     number = -(-count // size)
     # The last part is filled up with the first examples.
     places = jnp.arange(number * size, dtype=jnp.int32) % count
-    parts = jax.tree.map(lambda x: jnp.asarray(x)[places.reshape(number, size)], batch)
+    # Every `number`-th example, as optax splits a batch: parts of a device are parts of the whole.
+    parts = jax.tree.map(lambda x: jnp.asarray(x)[places.reshape(size, number).T], batch)
     # Recomputed when differentiated: otherwise all parts would stay in memory.
     part_losses = jax.checkpoint(lambda part: losses(params, part))
-    return jax.lax.map(part_losses, parts).reshape(-1)[:count]
+    return jax.lax.map(part_losses, parts).T.reshape(-1)[:count]
