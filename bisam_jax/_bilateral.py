@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from bisam_jax._balls import l2_ball_unless
 from bisam_jax._boundary import TwoLosses, from_rule
 from bisam_jax._trees import global_norm, perturb, scale_to_norm
-from bisam_jax.perturbations import l2_ball_unless
 
 
 class BilateralState(NamedTuple):

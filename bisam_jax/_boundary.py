@@ -176,7 +176,7 @@ def from_rule(init: Init, rule: Rule) -> optax.GradientTransformationExtraArgs:
     def update_fn(
         updates: optax.Updates,
         state: Any,
-        params: optax.Params | None = None,
+        params: Any = None,
         *,
         loss_fn: LossFn | None = None,
         grad_fn: GradFn | None = None,

@@ -29,8 +29,10 @@ def check_is_first(state: Any) -> None:
                 )
         for part in state[:1]:
             check_is_first(part)
-    elif hasattr(state, "inner_state"):
-        check_is_first(state.inner_state)
+    else:
+        inner = getattr(state, "inner_state", None)
+        if inner is not None:
+            check_is_first(inner)
 
 
 def check_gives_gradients(state: Any, argument: str) -> None:

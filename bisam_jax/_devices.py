@@ -173,7 +173,7 @@ def _varying(x: Any, axis_name: str) -> Any:
         return x
     if hasattr(jax.lax, "pcast"):
         return jax.lax.pcast(x, axis_name, to="varying")
-    return jax.lax.pvary(x, axis_name)
+    return jax.lax.pvary(x, axis_name)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _with_mean_gradient(params: Any, axis_name: str) -> Any:

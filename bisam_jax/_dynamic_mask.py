@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bisam_jax._balls import l2_ball_unless
 from bisam_jax._checks import as_key, check_count, check_same_structure, check_scalar
 from bisam_jax._sharpness_aware import sharpness_aware
 from bisam_jax._top_k import masked, number_of, size_of, top_k_mask
 from bisam_jax._trees import float_part
-from bisam_jax.perturbations import l2_ball_unless
 
 
 class DynamicMaskState(NamedTuple):
@@ -58,6 +58,17 @@ def dynamic_mask(
         TypeError, ValueError: if ``sparsity`` or ``drop_rate`` is not in [0, 1], or
             ``update_every`` no positive integer; in ``update``, for missing parameters, or scores
             or a mask that do not match.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> tx = dynamic_mask(sparsity=0.5, drop_rate=1.0)
+        >>> w, eps = jnp.array([3.0, 4.0]), jnp.array([0.3, 0.4])
+        >>> state = tx.init(w)._replace(dynamic_mask=jnp.array([True, False]))
+        >>> for step in range(2):
+        ...     masked, state = tx.update(eps, state, w)
+        ...     print(masked)
+        [0.3 0. ]
+        [0.  0.4]
 
     References:
         Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bisam_jax._balls import l2_ball_unless
 from bisam_jax._boundary import GradFn, LossFn, gives_q
 from bisam_jax._checks import MissingArgumentError, check_params, check_scalar, check_static
 from bisam_jax._random_subset import random_subset
 from bisam_jax._sharpness_aware import sharpness_aware
 from bisam_jax._trees import at_least_float32
-from bisam_jax.perturbations import l2_ball_unless
 
 ExampleLossesFn = Callable[..., Any]
 
@@ -83,7 +83,7 @@ def efficient_sam(
     def update_fn(
         updates: optax.Updates,
         state: Any,
-        params: optax.Params | None = None,
+        params: Any = None,
         *,
         loss_fn: LossFn | None = None,
         grad_fn: GradFn | None = None,

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from optax.microbatching import micro_grad
 
+from bisam_jax._balls import l2_ball_unless
 from bisam_jax._checks import (
     MissingArgumentError,
     check_count,
@@ -19,7 +20,6 @@ from bisam_jax._checks import (
 from bisam_jax._sharpness_aware import sharpness_aware
 from bisam_jax._top_k import masked, number_of, size_of, top_k_mask
 from bisam_jax._trees import float_part
-from bisam_jax.perturbations import l2_ball_unless
 
 
 class FisherMaskState(NamedTuple):
@@ -51,6 +51,12 @@ def fisher_scores(
 
     Returns:
         A tree of the parameters' structure.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> w, x = jnp.array([3.0, 4.0]), jnp.array([[1.0, 0.0], [0.0, 2.0]])
+        >>> print(fisher_scores(lambda w, x: jnp.mean(jnp.square(x @ w)), w, x))
+        [  36. 1024.]
 
     References:
         Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach
@@ -90,6 +96,15 @@ def fisher_mask(
         TypeError, ValueError: if ``sparsity`` is not in [0, 1] or ``update_every`` no positive
             integer; in ``update``, without ``fisher_scores_fn``, or if its result or the mask in
             the state does not match.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> tx = fisher_mask(sparsity=0.5)
+        >>> w, eps = jnp.array([3.0, 4.0]), jnp.array([0.3, 0.4])
+        >>> eps, state = tx.update(
+        ...     eps, tx.init(w), w, fisher_scores_fn=lambda w: jnp.array([36.0, 1024.0]))
+        >>> print(eps)
+        [0.  0.4]
 
     References:
         Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach

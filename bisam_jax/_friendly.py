@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bisam_jax._balls import l2_ball_unless
 from bisam_jax._checks import check_scalar
 from bisam_jax._sharpness_aware import sharpness_aware
-from bisam_jax.perturbations import l2_ball_unless
 
 
 class FriendlyState(NamedTuple):

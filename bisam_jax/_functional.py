@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bisam_jax._balls import l2_ball_unless
 from bisam_jax._boundary import GradFn, LossFn, gives_q
 from bisam_jax._checks import MissingArgumentError, check_params
 from bisam_jax._sharpness_aware import sharpness_aware
-from bisam_jax.perturbations import l2_ball_unless
 
 
 class FrozenLogits(NamedTuple):

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bisam_jax._balls import l2_ball_unless
 from bisam_jax._boundary import TwoLosses, from_rule
 from bisam_jax._checks import check_count, check_scalar
 from bisam_jax._trees import global_norm, orthogonal_part, perturb, scale_to_norm
-from bisam_jax.perturbations import l2_ball_unless
 
 
 class LookState(NamedTuple):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bisam_jax._balls import l2_ball_unless
 from bisam_jax._boundary import gives_q
 from bisam_jax._checks import (
     MissingArgumentError,
@@ -19,7 +20,6 @@ from bisam_jax._checks import (
 )
 from bisam_jax._trees import fill_with_zeros, float_part, perturb
 from bisam_jax._two_halves import on_two_halves
-from bisam_jax.perturbations import l2_ball_unless
 
 BatchLossFn = Callable[[Any, Any], Any]
 
@@ -31,7 +31,7 @@ class SampaState(NamedTuple):
         sampa_count: int32 scalar, the number of steps made.
         lookahead_gradient: gradient of the training loss at the last look-ahead point.
         lookahead_ascent: gradient of the ascended loss there; None where it is the same loss.
-        previous_batch: the batch of the last step, which lies over devices as batches do.
+        sampa_batch: the batch of the last step, which lies over devices as batches do.
         sampa_ball: state of the ball; empty for a constant radius.
         sampa_optimizer: state of the base optimizer.
     """
@@ -39,7 +39,7 @@ class SampaState(NamedTuple):
     sampa_count: jax.Array
     lookahead_gradient: optax.Updates
     lookahead_ascent: optax.Updates | None
-    previous_batch: Any
+    sampa_batch: Any
     sampa_ball: optax.OptState
     sampa_optimizer: optax.OptState
 
@@ -74,7 +74,7 @@ def sampa(
         interpolation: weight of the look-ahead gradient, a scalar in [0, 1], possibly traced.
             With 1, this is only the look-ahead optimizer.
         batch_like: a batch, or its shapes (``jax.ShapeDtypeStruct``): the state keeps the previous
-            batch. On several devices, the whole batch; lay ``state.previous_batch`` over them as
+            batch. On several devices, the whole batch; lay ``state.sampa_batch`` over them as
             you do batches.
         perturbation: replaces the ball of radius ``rho``.
         bilevel: whether another loss is ascended: ``update`` then needs
@@ -142,16 +142,7 @@ def sampa(
     ball = l2_ball_unless(perturbation, rho)
 
     def init_fn(params: Any) -> Any:
-        check_not_masked(params)
-        zeros = optax.tree.zeros_like(float_part(params))
-        return SampaState(
-            sampa_count=jnp.zeros([], jnp.int32),
-            lookahead_gradient=zeros,
-            lookahead_ascent=jax.tree.map(jnp.copy, zeros) if bilevel else None,
-            previous_batch=jax.tree.map(_empty_like, batch_like),
-            sampa_ball=ball.init(zeros),
-            sampa_optimizer=optimizer.init(params),
-        )
+        return _start(params, batch_like, bilevel, ball, optimizer)
 
     def update_fn(
         updates: optax.Updates,
@@ -167,7 +158,7 @@ def sampa(
         check_params(params)
         q = batch_perturbation_loss_fn
         _check_losses(batch_loss_fn, q, gives_q(extra_args), bilevel)
-        batch = _checked_batch(batch, state.previous_batch)
+        batch = _checked_batch(batch, state.sampa_batch)
         first = state.sampa_count == 0
 
         def descend(gradient: optax.Updates) -> tuple[optax.Updates, optax.OptState]:
@@ -179,7 +170,7 @@ def sampa(
         # The first look-ahead is the start itself, without the weight decay of a zero gradient.
         ahead = _unless(first, float_part(descend(state.lookahead_gradient)[0]))
         points = [perturb(params, eps), perturb(params, ahead)]
-        earlier = jax.tree.map(functools.partial(jnp.where, first), batch, state.previous_batch)
+        earlier = jax.tree.map(functools.partial(jnp.where, first), batch, state.sampa_batch)
         perturbed, lookahead = _gradients(batch_loss_fn, points, [earlier, batch], gradient_axis)
         ascent = _gradient_of("batch_perturbation_loss_fn", q)(points[1], batch) if q else None
         new_updates, optimizer_state = descend(_between(perturbed, lookahead, interpolation))
@@ -187,6 +178,19 @@ def sampa(
         return new_updates, SampaState(count, lookahead, ascent, batch, ball_state, optimizer_state)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _start(params: Any, batch_like: Any, bilevel: bool, ball: Any, optimizer: Any) -> SampaState:
+    check_not_masked(params)
+    zeros = optax.tree.zeros_like(float_part(params))
+    return SampaState(
+        sampa_count=jnp.zeros([], jnp.int32),
+        lookahead_gradient=zeros,
+        lookahead_ascent=jax.tree.map(jnp.copy, zeros) if bilevel else None,
+        sampa_batch=jax.tree.map(_empty_like, batch_like),
+        sampa_ball=ball.init(zeros),
+        sampa_optimizer=optimizer.init(params),
+    )
 
 
 def _unless(condition: jax.Array, tree: optax.Updates) -> optax.Updates:
@@ -233,8 +237,8 @@ def _check_losses(loss_fn: Any, perturbation_loss_fn: Any, q: bool, bilevel: boo
 
 
 def _empty_like(leaf: Any) -> jax.Array:
-    shape, dtype = jnp.shape(leaf), jnp.result_type(leaf)
-    return jnp.zeros(shape, jax.dtypes.canonicalize_dtype(dtype, allow_extended_dtype=True))
+    dtype: Any = jax.dtypes.canonicalize_dtype(jnp.result_type(leaf), allow_extended_dtype=True)
+    return jnp.zeros(jnp.shape(leaf), dtype)
 
 
 def _checked_batch(batch: Any, previous: Any) -> Any:

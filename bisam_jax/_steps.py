@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 from optax.microbatching import micro_vmap
 
 from bisam_jax._batches import (
@@ -52,7 +53,7 @@ def sharp_step(
                 descended, merge(floats, params), batch
             ),
         }
-        grads = None
+        grads: Any = None
         if ascended is None:
             grads = fill_with_zeros(clean.gradient(), params)
             if clean.parts.losses is not None and "example_losses_fn" not in extra_args:
@@ -121,7 +122,7 @@ def conditional(sharp: Step, plain: Step, when: When) -> Step:
         def take_plain() -> tuple:
             return plain(params, state, batch)
 
-        if not isinstance(due, jax.core.Tracer):
+        if not isinstance(due, Tracer):
             return take_sharp() if due else take_plain()
         (value, aux), grads, new_state = jax.lax.cond(
             due, lambda: _of_arrays(take_sharp()), lambda: _of_arrays(take_plain())

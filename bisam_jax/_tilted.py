@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bisam_jax._balls import l2_ball_unless
 from bisam_jax._boundary import TwoLosses, from_rule
 from bisam_jax._checks import (
     as_key,
@@ -17,7 +18,6 @@ from bisam_jax._checks import (
     check_static,
 )
 from bisam_jax._trees import float_part, global_norm, perturb, scale_to_norm
-from bisam_jax.perturbations import l2_ball_unless
 
 
 class TiltedState(NamedTuple):

@@ -172,11 +172,16 @@ def fold(combine: Callable[[Any, Any], Any], scalars: list[jax.Array]) -> jax.Ar
     size = math.isqrt(len(scalars))
     parts = [scalars[i : i + size] for i in range(0, len(scalars), size)]
     stacked = jnp.stack([functools.reduce(combine, part) for part in parts])
+    return _fold_in_a_loop(combine, stacked)
 
+
+# Compiled once for each length: outside of jit, a loop with a new body would be compiled anew.
+@functools.partial(jax.jit, static_argnames="combine")
+def _fold_in_a_loop(combine: Callable[[Any, Any], Any], scalars: jax.Array) -> jax.Array:
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
-        return combine(total, stacked[i])
+        return combine(total, scalars[i])
 
-    return jax.lax.fori_loop(0, len(parts), add, jnp.zeros_like(stacked[0]))
+    return jax.lax.fori_loop(0, len(scalars), add, jnp.zeros_like(scalars[0]))
 
 
 def for_base_optimizer(

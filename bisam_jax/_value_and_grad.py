@@ -182,20 +182,9 @@ def value_and_grad(
     def step_fn(
         params: Any, state: Any, batch: Batch, *, step: Any = None, **extra_args: Any
     ) -> tuple:
-        _check_call(extra_args)
-        check_is_first(state)
-        if axis_name is not None:
-            check_axis(axis_name)
-        if group_size is not None or microbatch_size is not None:
-            check_splits(batch, group_size=group_size, microbatch_size=microbatch_size)
-        if group_size is not None:
-            check_gives_gradients(state, "group_size")
-        elif microbatch_size is not None:
-            check_not_explicit(batch)
-        if when is not None:
-            check_gives_gradients(state, "when")
-            if step is None:
-                raise ValueError("step is missing: with when, call step(..., step=step).")
+        _check_call(extra_args, when, step)
+        _check_state(state, when, group_size)
+        _check_batch(batch, group_size, microbatch_size, axis_name)
         if step is not None:
             extra_args["step"] = step
         try:
@@ -224,7 +213,27 @@ def _check_options(
         )
 
 
-def _check_call(extra_args: dict[str, Any]) -> None:
+def _check_state(state: Any, when: Any, group_size: int | None) -> None:
+    check_is_first(state)
+    for name, option in (("group_size", group_size), ("when", when)):
+        if option is not None:
+            check_gives_gradients(state, name)
+
+
+def _check_batch(
+    batch: Batch, group_size: int | None, microbatch_size: int | None, axis_name: str | None
+) -> None:
+    if axis_name is not None:
+        check_axis(axis_name)
+    if group_size is not None or microbatch_size is not None:
+        check_splits(batch, group_size=group_size, microbatch_size=microbatch_size)
+    if microbatch_size is not None and group_size is None:
+        check_not_explicit(batch)
+
+
+def _check_call(extra_args: dict[str, Any], when: Any, step: Any) -> None:
+    if when is not None and step is None:
+        raise ValueError("step is missing: with when, call step(..., step=step).")
     own = ("loss_fn", "grad_fn", "perturbation_loss_fn", "perturbation_grads", "batch_loss_fn")
     for name in (*own, "batch_perturbation_loss_fn"):
         if name in extra_args:

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bisam_jax._balls import l2_ball_unless
 from bisam_jax._boundary import TwoLosses, from_rule
 from bisam_jax._checks import check_scalar
 from bisam_jax._sharpness_aware import SharpnessAwareState
 from bisam_jax._trees import perturb
-from bisam_jax.perturbations import l2_ball_unless
 
 
 def weighted_sam(

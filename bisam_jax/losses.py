@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bisam_jax._checks import check_scalar
+from bisam_jax._labels import check_logits, check_range, class_mask, where_any_class
 from bisam_jax._trees import at_least_float32
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ def margins(
         [[ 0. -1.  2.]]
     """
     given = labels
-    logits, labels = _checked(logits, labels, axis)
-    _check_range(given, logits.shape[axis])
+    logits, labels = check_logits(logits, labels, axis)
+    check_range(given, logits.shape[axis])
     # A negative index would count from the last class.
     labels = jnp.expand_dims(jnp.where(labels < 0, logits.shape[axis], labels), axis)
     true_logit = jnp.take_along_axis(logits, labels, axis=axis)
@@ -198,9 +199,9 @@ def perturbation_loss(
             f"{lower_bound!r}."
         )
     if where is not None:
-        _checked(logits, labels, axis)
-        where = _class_mask(where, jnp.shape(logits), axis)
-        labels = _where_any_class(where, labels, axis)
+        check_logits(logits, labels, axis)
+        where = class_mask(where, jnp.shape(logits), axis)
+        labels = where_any_class(where, labels, axis)
     margin = margins(logits, labels, axis=axis)
     if where is not None:
         # Masked logits may be infinite: they go before phi, to keep NaN out of the gradient.
@@ -248,67 +249,6 @@ def _smooth_max(
     total = jnp.sum(jnp.exp(mu * (x - largest)), axis=axis, where=where)
     total = jnp.where(total > 0, total, 1.0)
     return jnp.squeeze(largest, axis) + jnp.log(total) / mu
-
-
-def _checked(logits: ArrayLike, labels: ArrayLike, axis: int) -> tuple[jax.Array, jax.Array]:
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
-    if not jnp.issubdtype(logits.dtype, jnp.floating):
-        raise TypeError(f"logits must be floating, got dtype {logits.dtype}.")
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(
-            f"labels must be integers (class indices), got dtype {labels.dtype}: this loss is for "
-            "classification only. For one-hot labels, pass labels.argmax(-1); for soft labels or "
-            "regression, pass a perturbation loss of your own to the method."
-        )
-    if not isinstance(axis, int):
-        raise TypeError(f"axis must be an integer, got {axis!r}.")
-    if not -logits.ndim <= axis < logits.ndim:
-        raise ValueError(f"axis {axis} is out of bounds for logits of shape {logits.shape}.")
-    axis %= logits.ndim
-    expected = logits.shape[:axis] + logits.shape[axis + 1 :]
-    if labels.shape != expected:
-        raise ValueError(
-            f"labels must have the shape of logits without axis {axis}, {expected}, got "
-            f"{labels.shape} for logits of shape {logits.shape}."
-        )
-    return _at_least_float32(logits), labels.astype(jnp.int32)
-
-
-def _check_range(labels: ArrayLike, classes: int) -> None:
-    """Raises for a concrete label that is no class."""
-    if isinstance(labels, jax.core.Tracer) or np.size(labels) == 0:
-        return
-    known = np.asarray(labels)
-    smallest, largest = int(known.min()), int(known.max())
-    if smallest < 0 or largest >= classes:
-        raise ValueError(
-            f"labels must be in [0, {classes}), the number of classes in logits, got "
-            f"{smallest if smallest < 0 else largest}; mask padded examples with where, as in "
-            "perturbation_loss(logits, labels, where=labels != -100)."
-        )
-
-
-def _where_any_class(where: jax.Array | np.ndarray, labels: ArrayLike, axis: int) -> ArrayLike:
-    """The labels, 0 for examples without a class."""
-    if isinstance(where, jax.core.Tracer) or isinstance(labels, jax.core.Tracer):
-        return jnp.where(jnp.asarray(where).any(axis), jnp.asarray(labels), 0)
-    return np.where(np.asarray(where).any(axis), np.asarray(labels), 0)
-
-
-def _class_mask(where: ArrayLike, shape: tuple[int, ...], axis: int) -> jax.Array | np.ndarray:
-    # NumPy: what is concrete stays so under jit, and labels are checked where it holds.
-    xp = jnp if isinstance(where, jax.core.Tracer) else np
-    mask = xp.asarray(where)
-    if mask.dtype != jnp.bool_:
-        raise TypeError(f"where must be booleans, got dtype {mask.dtype}.")
-    if mask.ndim == len(shape) - 1:
-        mask = xp.expand_dims(mask, axis)
-    try:
-        return xp.broadcast_to(mask, shape)
-    except ValueError:
-        raise ValueError(
-            f"where must have the shape of logits, {shape}, or of labels, got {jnp.shape(where)}."
-        ) from None
 
 
 def _at_least_float32(x: jax.Array) -> jax.Array:

@@ -7,7 +7,6 @@ pointing uphill, and not a descent update. Pipelines are an `optax.chain` ending
 perturbation.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bisam_jax._checks import check_same_structure, check_scalar, check_transformation
+from bisam_jax._checks import check_same_structure, check_scalar
 from bisam_jax._trees import scale_to_norm
 
 
@@ -135,34 +134,6 @@ def adaptive_l2_ball(
         return jax.tree.map(lambda size, u: size * u, sizes, scale_to_norm(scaled, radius))
 
     return _ball(rho, worst_point)
-
-
-def l2_ball_unless(
-    perturbation: optax.GradientTransformation | None,
-    rho: optax.ScalarOrSchedule,
-    default: float = 0.05,
-) -> optax.GradientTransformationExtraArgs:
-    """The `perturbation` of a method's user, or an `l2_ball` of radius `rho` without one.
-
-    Args:
-        perturbation: from the ascent gradient to eps, or None.
-        rho: the method's argument of that name.
-        default: its default, to tell whether it was given too.
-
-    Raises:
-        TypeError: if `perturbation` is no transformation.
-        ValueError: if both were given: one of them would silently have no effect.
-    """
-    if perturbation is None:
-        return l2_ball(rho)
-    check_transformation("perturbation", perturbation)
-    known = not isinstance(rho, jax.core.Tracer)
-    if known and (callable(rho) or not math.isclose(float(rho), default, rel_tol=0.01)):
-        raise ValueError(
-            "rho and perturbation were both given, and the radius is that of perturbation: leave "
-            "out rho."
-        )
-    return optax.with_extra_args_support(perturbation)
 
 
 def _ball(

@@ -8,6 +8,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.experimental
 import pytest
 from hypothesis import HealthCheck, settings
 
@@ -25,9 +26,13 @@ settings.register_profile(
 settings.load_profile("repository")
 
 
+# JAX 0.7 has it under another name, at which later versions warn.
+enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+
+
 @pytest.fixture
 def float64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
 
 

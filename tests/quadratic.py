@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bisam_jax import adaptive_l2_ball
+
 # L(w) = w A w / 2 - b w, with gradient A w - b; Q(w) = c w, with gradient c.
 A = np.array([[3.0, 1.0], [1.0, 2.0]])
 B = np.array([1.0, -1.0])
@@ -27,14 +29,57 @@ def unit(v):
     return v / np.linalg.norm(v)
 
 
-def descent(tx, state=None, **extra_args):
+def l2_eps(a, w=W):
+    return 0.3 * unit(a)
+
+
+def adaptive_eps(a, w=W):
+    size = np.abs(w) + 0.1
+    return 0.3 * size**2 * a / np.linalg.norm(size * a)
+
+
+GRADIENT = gradient(W)
+
+
+def descent(tx, state=None, *, grads=GRADIENT, **extra_args):
     """An update at W, of L unless told otherwise."""
     state = tx.init(W) if state is None else state
+    grads = None if grads is None else jnp.asarray(grads)
     arguments = {"loss_fn": quadratic} | extra_args
-    return tx.update(jnp.asarray(gradient(W)), state, jnp.asarray(W), **arguments)
+    return tx.update(grads, state, jnp.asarray(W), **arguments)
 
 
 # What is ascended, and its gradient at W.
+L_IS_ASCENDED = pytest.param({}, GRADIENT, id="sam")
+Q_IS_ASCENDED = pytest.param({"perturbation_loss_fn": linear}, C, id="bisam")
+each_function = pytest.mark.parametrize(("q", "a"), [L_IS_ASCENDED, Q_IS_ASCENDED])
 each_ascent = pytest.mark.parametrize(
-    ("q", "a"), [({}, gradient(W)), ({"perturbation_loss_fn": linear}, C)], ids=["sam", "bisam"]
+    ("q", "a"),
+    [
+        L_IS_ASCENDED,
+        Q_IS_ASCENDED,
+        pytest.param({"perturbation_grads": C}, C, id="bisam, by gradient"),
+    ],
 )
+
+# Whether the gradient of L is there already.
+each_grads = pytest.mark.parametrize("grads", [GRADIENT, None], ids=["grads", "no grads"])
+
+# The arguments of a method that set its ball, and what that makes of an ascent gradient.
+each_ball = pytest.mark.parametrize(
+    ("ball", "eps"),
+    [
+        ({"rho": 0.3}, l2_eps),
+        ({"perturbation": adaptive_l2_ball(0.3, eta=0.1)}, adaptive_eps),
+    ],
+    ids=["ball", "adaptive ball"],
+)
+
+
+def assert_takes_one_ball(make, **radius):
+    """`make` refuses two balls at once, and what is no ball."""
+    radius = radius or {"rho": 0.3}
+    with pytest.raises(ValueError, match="rho and perturbation were both given"):
+        make(**radius, perturbation=adaptive_l2_ball(0.3))
+    with pytest.raises(TypeError, match="perturbation must be an optax transformation"):
+        make(perturbation=0.3)

@@ -168,10 +168,11 @@ def test_nnx_optimizer_with_the_step_in_its_chain():
         return lambda params: loss(nnx.merge(graphdef, params, stats, copy=True)(X))
 
     def clean(model):
-        return q(model(X))
+        return cross_entropy(model(X))
 
     grads = nnx.grad(clean)(model)  # moves the statistics, once
-    optimizer.update(model, grads, loss_fn=loss_of(cross_entropy))
+    losses = {"loss_fn": loss_of(cross_entropy), "perturbation_loss_fn": loss_of(q)}
+    optimizer.update(model, grads, **losses)
 
     @quick_jit
     def reference(params):

@@ -97,9 +97,9 @@ def compiled(step, method=None, devices=8):
     """A step on a batch over the devices, with parameters on all of them."""
     mesh = mesh_of(devices)
     state = jax.eval_shape(method.make(0.1).init, PARAMS) if method else ()
-    if hasattr(state, "previous_batch"):
-        previous = laid_out(state.previous_batch, mesh, P("data"))
-        state = laid_out(state, mesh, P())._replace(previous_batch=previous)
+    if hasattr(state, "sampa_batch"):
+        previous = laid_out(state.sampa_batch, mesh, P("data"))
+        state = laid_out(state, mesh, P())._replace(sampa_batch=previous)
     else:
         state = laid_out(state, mesh, P())
     args = laid_out(PARAMS, mesh, P()), state, laid_out(BATCH, mesh, P("data"))

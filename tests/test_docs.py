@@ -71,9 +71,15 @@ def test_help_writes_nothing(monkeypatch, capsys):
 def test_guide():
     names = {}
     exec(code_of("docs/guide.md"), names)
-    params, close = names["params"], {"rtol": 1e-4, "atol": 1e-6}
-    tx, loss_fn, q = names["tx"], names["loss_fn"], names["perturbation_loss_fn"]
-    expected, _ = tx.update(jax.grad(q)(params), tx.init(params), params, loss_fn=loss_fn)
+    params, batch, close = names["params"], names["batch"], {"rtol": 1e-4, "atol": 1e-6}
+    tx, loss_fn, q = names["tx"], names["loss_fn"], names["q"]
+    expected, _ = tx.update(
+        None,
+        tx.init(params),
+        params,
+        loss_fn=lambda p: loss_fn(p, batch).mean(),
+        perturbation_grads=jax.grad(lambda p: q(p, batch).mean())(params),
+    )
     for name in ("same", "shared"):
         np.testing.assert_allclose(names[name]["w"], expected["w"], **close)
     assert optax.tree.norm(optax.tree.sub(names["own"], names["shared"])) > 1e-4

@@ -4,76 +4,117 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from bisam_jax import efficient_sam, random_subset, sam, value_and_grad
+from bisam_jax import efficient_sam, sam, value_and_grad
 from tests.compiled import quick_jit
 from tests.problems import (
     loss_of_batch,
+    losses_of_batch,
     mlp_batch,
     mlp_params,
     perturbation_loss_of_batch,
+    perturbation_losses_of_batch,
 )
-from tests.quadratic import W, descent, each_ascent, gradient, quadratic, unit
+from tests.quadratic import (
+    C,
+    W,
+    assert_takes_one_ball,
+    descent,
+    each_ascent,
+    each_ball,
+    each_grads,
+    gradient,
+    quadratic,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
+TARGETS = np.array([[1.0, 0.0], [0.0, 3.0], [2.0, -2.0], [0.5, 2.5]])
+CLEAN = W - TARGETS.mean(0)
 
-def example_losses(w, indices):
-    targets = jnp.array([[1.0, 0.0], [0.0, 3.0], [2.0, -2.0], [0.5, 2.5]])
+
+def example_losses_fn(w, indices):
+    targets = jnp.asarray(TARGETS)
     chosen = targets if indices is None else targets[indices]
     return 0.5 * jnp.sum((w[None] - chosen) ** 2, axis=-1)
 
 
+@each_ball
 @each_ascent
-def test_efficient_on_a_quadratic(q, a):
-    subset, beta = jnp.array([True, False]), 0.25
-    point = W + 0.3 * unit(a) * [1, 0] / beta
-    rise = np.asarray(example_losses(jnp.asarray(point), None) - example_losses(W, None))
-    worst = np.sort(np.argsort(-rise)[:2])
-    targets = np.array([[1.0, 0.0], [0.0, 3.0], [2.0, -2.0], [0.5, 2.5]])
-    expected = point - targets[worst].mean(0)
-    tx = efficient_sam(0.3, beta=beta, gamma=0.5)
-    for losses in (None, example_losses(W, None)):
-        grads, _ = descent(tx, subset=subset, example_losses_fn=example_losses, losses=losses, **q)
-        np.testing.assert_allclose(grads, expected, rtol=1e-12)
+@pytest.mark.parametrize("grads", [CLEAN, None], ids=["grads", "no grads"])
+def test_efficient_on_a_quadratic(ball, eps, q, a, grads):
+    subset, beta = np.array([True, False]), 0.25
+    point = W + eps(C if q else CLEAN) * subset / beta
+    before, after = (0.5 * ((w - TARGETS) ** 2).sum(-1) for w in (W, point))
+    worst = np.argsort(before - after)[:2]
+    expected = point - TARGETS[worst].mean(0)
+    tx = efficient_sam(**ball, beta=beta, gamma=0.5)
+    for example_losses in (None, before):
+        actual, _ = descent(
+            tx,
+            grads=grads,
+            loss_fn=None,
+            subset=subset,
+            example_losses_fn=example_losses_fn,
+            example_losses=example_losses,
+            **q,
+        )
+        np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
+@each_ball
 @each_ascent
-def test_efficient_with_everything_is_sam(q, a):
-    tx = efficient_sam(0.3, beta=1.0, gamma=1.0)
-    grads, _ = descent(tx, example_losses_fn=lambda w, indices: quadratic(w)[None], **q)
-    np.testing.assert_allclose(grads, gradient(W + 0.3 * unit(a)), rtol=1e-12)
+@each_grads
+def test_efficient_with_everything_is_sam(ball, eps, q, a, grads):
+    tx = efficient_sam(**ball, beta=1.0, gamma=1.0)
+    actual, _ = descent(
+        tx, grads=grads, example_losses_fn=lambda w, indices: quadratic(w)[None], **q
+    )
+    np.testing.assert_allclose(actual, gradient(W + eps(a)), rtol=1e-12)
 
 
-def test_random_subset_keeps_the_mean():
-    tx = random_subset(0.25, key=3)
-    eps = jnp.ones(10_000)
-    kept, state = tx.update(eps, tx.init(eps))
-    assert set(np.unique(kept)) == {0.0, 4.0}
-    assert np.mean(kept) == pytest.approx(1.0, rel=0.1)
-    other, _ = tx.update(eps, state)
-    assert (kept != other).any()
+def test_example_losses_are_what_the_rise_is_measured_from():
+    tx = efficient_sam(0.3, beta=1.0, gamma=0.25)
+    low = np.array([0.0, 0.0, -1e3, 0.0])
+    arguments = {"example_losses_fn": example_losses_fn, "example_losses": low}
+    actual, _ = descent(tx, grads=CLEAN, **arguments)
+    point = W + 0.3 * CLEAN / np.linalg.norm(CLEAN)
+    np.testing.assert_allclose(actual, point - TARGETS[2], rtol=1e-12)
 
 
 PARAMS, BATCH = mlp_params(), mlp_batch()
+EFFICIENT = efficient_sam(0.3, beta=1.0, gamma=1.0)
 
 
-@pytest.mark.parametrize("q", [None, perturbation_loss_of_batch], ids=["sam", "bisam"])
-def test_efficient_through_value_and_grad(q):
-    def losses(params, indices):
-        part = BATCH if indices is None else jax.tree.map(lambda x: x[indices], BATCH)
-        return jax.vmap(
-            lambda x, y: loss_of_batch(params, {"x": x[None], "y": y[None]}), in_axes=(0, 0)
-        )(part["x"], part["y"])
+def examples(params, indices):
+    part = BATCH if indices is None else jax.tree.map(lambda x: x[indices], BATCH)
+    return losses_of_batch(params, part)
 
-    tx = efficient_sam(0.3, beta=1.0, gamma=1.0)
-    step = value_and_grad(tx, loss_of_batch, q)
-    step = quick_jit(functools.partial(step, example_losses_fn=losses))
-    _, grads, _ = step(PARAMS, tx.init(PARAMS), BATCH)
-    plain = quick_jit(value_and_grad(sam(0.3), loss_of_batch, q))
+
+@pytest.mark.parametrize(
+    ("losses", "given"),
+    [
+        ((losses_of_batch, perturbation_losses_of_batch), {}),
+        ((loss_of_batch, perturbation_loss_of_batch), {"example_losses_fn": examples}),
+    ],
+    ids=["losses", "means"],
+)
+@pytest.mark.parametrize("bilevel", [False, True], ids=["sam", "bisam"])
+def test_efficient_through_value_and_grad(losses, given, bilevel):
+    loss_fn, q = losses if bilevel else (losses[0], None)
+    step = quick_jit(functools.partial(value_and_grad(EFFICIENT, loss_fn, q), **given))
+    _, grads, _ = step(PARAMS, EFFICIENT.init(PARAMS), BATCH)
+    plain = quick_jit(value_and_grad(sam(0.3), loss_fn, q))
     _, expected, _ = plain(PARAMS, sam(0.3).init(PARAMS), BATCH)
     chex.assert_trees_all_close(grads, expected, rtol=5e-5, atol=1e-6)
+
+
+def test_gamma_cannot_be_traced():
+    tx = optax.inject_hyperparams(efficient_sam)(rho=0.3)
+    with pytest.raises(TypeError, match=r"gamma shapes the program.*static_args='gamma'"):
+        jax.jit(lambda state: descent(tx, state, example_losses_fn=example_losses_fn))(tx.init(W))
 
 
 @pytest.mark.parametrize(
@@ -84,22 +125,42 @@ def test_efficient_through_value_and_grad(q):
         (lambda: efficient_sam(gamma=1.1), ValueError, "gamma must be finite"),
         (lambda: descent(efficient_sam()), ValueError, "example_losses_fn is missing"),
         (
-            lambda: descent(efficient_sam(gamma=0.1), example_losses_fn=example_losses),
+            lambda: descent(efficient_sam(gamma=0.1), example_losses_fn=example_losses_fn),
             ValueError,
             "gamma leaves no example to descend on, got gamma=0.1 for 4",
         ),
         (
             lambda: descent(efficient_sam(), example_losses_fn=lambda w, i: quadratic(w)),
             ValueError,
-            "one loss an example",
+            "one loss per example",
         ),
         (
-            lambda: descent(efficient_sam(), example_losses_fn=example_losses, subset=jnp.ones(3)),
+            lambda: descent(
+                efficient_sam(),
+                example_losses_fn=example_losses_fn,
+                example_losses=jnp.ones((2, 2)),
+            ),
+            ValueError,
+            "one loss per example",
+        ),
+        (
+            lambda: descent(
+                efficient_sam(), example_losses_fn=example_losses_fn, subset=jnp.ones(3)
+            ),
             ValueError,
             "subset does not match params",
+        ),
+        (
+            lambda: descent(efficient_sam(), example_losses_fn=example_losses_fn, grad_fn=gradient),
+            ValueError,
+            "loss_fn and grad_fn were both given",
         ),
     ],
 )
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_one_ball():
+    assert_takes_one_ball(efficient_sam)

@@ -1,25 +1,33 @@
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from bisam_jax import friendly, friendly_sam
 from tests.equivalences import assert_bilevel_through_value_and_grad, assert_is_sam, each_size
-from tests.quadratic import W, descent, each_ascent, gradient, quadratic, unit
+from tests.quadratic import (
+    W,
+    assert_takes_one_ball,
+    descent,
+    each_ascent,
+    each_ball,
+    each_grads,
+    gradient,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+@each_ball
 @each_ascent
-def test_friendly_on_a_quadratic(q, a):
-    tx = friendly_sam(0.3, sigma=0.5, decay=0.8)
-    grads, state = descent(tx, **q)
-    np.testing.assert_allclose(grads, gradient(W + 0.3 * unit(a)), rtol=1e-12)
+@each_grads
+def test_friendly_on_a_quadratic(ball, eps, q, a, grads):
+    tx = friendly_sam(**ball, sigma=0.5, decay=0.8)
+    actual, state = descent(tx, grads=grads, **q)
+    np.testing.assert_allclose(actual, gradient(W + eps(a)), rtol=1e-12)
     other = np.array([1.0, 7.0])
     mean = a
-    grads, state = tx.update(jnp.asarray(other), state, jnp.asarray(W), loss_fn=quadratic)
-    expected = gradient(W + 0.3 * unit(other - 0.5 * mean))
-    np.testing.assert_allclose(grads, expected, rtol=1e-12)
+    actual, state = descent(tx, state, grads=other)
+    np.testing.assert_allclose(actual, gradient(W + eps(other - 0.5 * mean)), rtol=1e-12)
     expected = 0.8 * a + 0.2 * other
     np.testing.assert_allclose(optax.tree.get(state, "mean_gradient"), expected, rtol=1e-12)
 
@@ -46,3 +54,7 @@ def test_bilevel_through_value_and_grad(sizes):
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_one_ball():
+    assert_takes_one_ball(friendly_sam)

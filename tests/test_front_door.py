@@ -196,12 +196,12 @@ def test_when(name, sizes):
     assert traced._cache_size() == 1
 
 
-def replicated_but_the_previous_batch(state, value, batch):
+def replicated_but_the_batch(state, value, batch):
     """`value` for every leaf of a state but sampa's previous batch, which lies as batches do."""
 
     def spec(path, _):
         names = [getattr(key, "name", None) for key in path]
-        return batch if "previous_batch" in names else value
+        return batch if "sampa_batch" in names else value
 
     return jax.tree_util.tree_map_with_path(spec, state)
 
@@ -212,7 +212,7 @@ def mesh_of_four():
 
 def shard_mapped(name, check_vma, **options):
     mesh = mesh_of_four()
-    specs = replicated_but_the_previous_batch(start(name), P(), P("data"))
+    specs = replicated_but_the_batch(start(name), P(), P("data"))
     step = jax.shard_map(
         made(name, axis_name="data", **options),
         mesh=mesh,
@@ -229,7 +229,7 @@ each_way = pytest.mark.parametrize("way", ["checked", "unchecked", "pmap"])
 def mapped(name, way, **options):
     if way != "pmap":
         return shard_mapped(name, way == "checked", **options)
-    axes = replicated_but_the_previous_batch(start(name), None, 0)
+    axes = replicated_but_the_batch(start(name), None, 0)
     step = jax.pmap(
         made(name, axis_name="data", **options),
         axis_name="data",
@@ -240,16 +240,16 @@ def mapped(name, way, **options):
     parted = functools.partial(jax.tree.map, lambda x: x.reshape(4, -1, *x.shape[1:]))
     whole = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
 
-    def at_previous_batch(fn, state):
+    def at_the_batch(fn, state):
         return (
-            state._replace(previous_batch=fn(state.previous_batch))
-            if hasattr(state, "previous_batch")
+            state._replace(sampa_batch=fn(state.sampa_batch))
+            if hasattr(state, "sampa_batch")
             else state
         )
 
     def on_whole(params, state, batch):
-        value, grads, state = step(params, at_previous_batch(parted, state), parted(batch))
-        return value, grads, at_previous_batch(whole, state)
+        value, grads, state = step(params, at_the_batch(parted, state), parted(batch))
+        return value, grads, at_the_batch(whole, state)
 
     return on_whole
 

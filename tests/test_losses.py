@@ -224,6 +224,89 @@ def test_labels_of_a_narrow_type_reach_every_class():
 
 
 LOGITS, LABELS = jnp.zeros((4, 3)), jnp.zeros(4, jnp.int32)
+OUT_OF_RANGE = {
+    "the number of classes": [0, 3, 1, 2],
+    "negative": [0, -1, 1, 2],
+    "padding": [0, -100, 1, 2],
+}
+each_out_of_range = pytest.mark.parametrize("labels", OUT_OF_RANGE.values(), ids=OUT_OF_RANGE)
+each_array = pytest.mark.parametrize("array", [np.array, jnp.array], ids=["numpy", "jax"])
+each_jit = pytest.mark.parametrize("jit", [lambda fn: fn, jax.jit], ids=["eager", "jit"])
+
+
+@each_out_of_range
+@each_array
+@each_jit
+@pytest.mark.parametrize("loss", [margins, perturbation_loss])
+def test_concrete_labels_out_of_range(loss, jit, array, labels):
+    known = array(labels)
+    message = rf"labels must be in \[0, 3\), .* got {labels[1]};.*where=labels != -100"
+    with pytest.raises(ValueError, match=message):
+        jit(lambda logits: loss(logits, known))(LOGITS)
+
+
+@each_array
+@each_jit
+def test_one_label_out_of_range(jit, array):
+    known = array(3)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 3\)"):
+        jit(lambda logits: perturbation_loss(logits, known))(LOGITS[0])
+
+
+@each_array
+@each_jit
+def test_no_labels(jit, array):
+    known = array([]).astype(int)
+    assert jit(lambda logits: perturbation_loss(logits, known))(LOGITS[:0]).shape == (0,)
+
+
+@each_out_of_range
+@each_array
+@each_jit
+@pytest.mark.parametrize("of_classes", [False, True], ids=["of examples", "of classes"])
+def test_masked_labels_may_be_out_of_range(jit, array, labels, of_classes):
+    logits = jnp.arange(12, dtype=jnp.float32).reshape(4, 3)
+    kept = np.array([True, False, True, True])
+    where, known = array(kept[:, None].repeat(3, 1) if of_classes else kept), array(labels)
+    value, pullback = jax.vjp(
+        jit(lambda logits: perturbation_loss(logits, known, where=where)), logits
+    )
+    (grads,) = pullback(jnp.ones_like(value))
+    expected = perturbation_loss(logits[kept], np.array(labels)[kept])
+    np.testing.assert_allclose(value[kept], expected, rtol=1e-6)
+    assert value[1] == 0
+    assert (grads[1] == 0).all()
+    assert jnp.isfinite(grads).all()
+
+
+@each_out_of_range
+@each_loss
+def test_traced_labels(loss, labels):
+    """The gradient is finite where a label out of range is masked, and its value NaN where not."""
+    logits, labels = np.arange(12, dtype=np.float32).reshape(4, 3), jnp.array(labels)
+    where = jnp.array([True, False, True, True])
+    values, grads = map(np.asarray, values_and_grads(loss, logits, labels, where))
+    inside = jnp.where(where, labels, 0)
+    expected = values_and_grads(loss, logits, inside, where)
+    np.testing.assert_array_equal(values, expected[0])
+    np.testing.assert_array_equal(grads, expected[1])
+    assert np.isfinite(values).all()
+    assert np.isfinite(grads).all()
+    assert (grads[1] == 0).all()
+
+
+@pytest.mark.parametrize("label", [3, 100, -1, -3, -4, -100])
+def test_a_traced_label_that_is_no_class_gives_nan(label):
+    values, _ = values_and_grads(perturbation_loss, LOGITS, jnp.array([0, label, 1, 2]), None)
+    np.testing.assert_array_equal(np.isnan(values), [False, True, False, False])
+
+
+@each_array
+@each_jit
+def test_labels_of_examples_that_stay_are_checked(jit, array):
+    labels, where = array([5, -100, 0, 0]), array([True, False, True, True])
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 3\), .* got 5"):
+        jit(lambda logits: perturbation_loss(logits, labels, where=where))(LOGITS)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +318,26 @@ LOGITS, LABELS = jnp.zeros((4, 3)), jnp.zeros(4, jnp.int32)
             ValueError,
             r"labels must have the shape",
         ),
-        (lambda: perturbation_loss(LOGITS, jnp.zeros(4)), TypeError, r"labels must be integers"),
+        (
+            lambda: perturbation_loss(LOGITS, jnp.zeros(4)),
+            TypeError,
+            r"labels must be integers .* classification only\..* pass labels.argmax\(-1\)",
+        ),
+        (
+            lambda: margins(LOGITS, np.zeros(4, np.float32)),
+            TypeError,
+            r"labels must be integers .* classification only",
+        ),
+        (
+            lambda: perturbation_loss(LOGITS, LABELS, lower_bound=1.0),
+            TypeError,
+            r"lower_bound must be a function of margins, .* got 1.0",
+        ),
+        (
+            lambda: perturbation_loss(LOGITS, LABELS, lower_bound=None),
+            TypeError,
+            r"lower_bound must be a function of margins",
+        ),
         (lambda: perturbation_loss(LOGITS, LABELS, axis=2), ValueError, r"axis 2 is out of bounds"),
         (
             lambda: perturbation_loss(LOGITS.astype(int), LABELS),

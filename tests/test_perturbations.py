@@ -18,6 +18,10 @@ def perturb(ball, gradient, params=None):
     return ball.update(gradient, ball.init(params), params)[0]
 
 
+jitted_perturb = jax.jit(perturb, static_argnames="ball")
+perturb_to = jax.jit(lambda rho, gradient: perturb(l2_ball(rho), gradient))
+
+
 def test_l2_ball_by_hand():
     eps = perturb(l2_ball(0.5), GRADIENT)
     np.testing.assert_allclose(eps["a"], [0.3, 0.0], rtol=1e-6)
@@ -55,11 +59,14 @@ def test_adaptive_l2_ball_where(where):
     rho=st.floats(1e-3, 1e3),
 )
 def test_norm_is_rho_or_zero(gradient, rho):
-    eps = perturb(l2_ball(rho), {"a": gradient[:2], "b": gradient[2:]})
+    eps = perturb_to(rho, {"a": gradient[:2], "b": gradient[2:]})
     if np.abs(gradient).max() < np.finfo(np.float32).tiny:
         assert global_norm(eps) == 0
     else:
         np.testing.assert_allclose(global_norm(eps), rho, rtol=1e-5)
+
+
+BALLS = (l2_ball(0.1), adaptive_l2_ball(0.1))
 
 
 @given(
@@ -69,9 +76,9 @@ def test_norm_is_rho_or_zero(gradient, rho):
 def test_scale_of_the_gradient_does_not_matter(gradient, exponent):
     gradient = np.where(np.abs(gradient) < 1e-3, 0, gradient).astype(np.float32)
     params = jnp.linspace(-1.0, 1.0, 6)
-    for ball in (l2_ball(0.1), adaptive_l2_ball(0.1)):
-        once = perturb(ball, jnp.asarray(gradient), params)
-        scaled = perturb(ball, jnp.asarray(gradient * np.float32(2.0) ** exponent), params)
+    for ball in BALLS:
+        once = jitted_perturb(ball, jnp.asarray(gradient), params)
+        scaled = jitted_perturb(ball, jnp.asarray(gradient * np.float32(2.0) ** exponent), params)
         np.testing.assert_allclose(scaled, once, rtol=1e-6)
 
 

@@ -75,7 +75,11 @@ def test_trajectory(name):
         clean = jax.value_and_grad(loss, has_aux=True)
         (value, batch_stats), ascent = clean(params, batch, q or descended)
         grads, state = sharpness.update(
-            ascent, state, params, loss_fn=lambda point: loss(point, batch, descended)[0]
+            None if q else ascent,
+            state,
+            params,
+            loss_fn=lambda point: loss(point, batch, descended)[0],
+            perturbation_grads=ascent if q else None,
         )
         updates, base_state = base.update(grads, base_state, params)
         stats = jax.tree.map(lambda r, b: 0.9 * r + 0.1 * b, stats, batch_stats)
@@ -113,10 +117,11 @@ def test_perturbation(name):
     def perturbed(params, ascent):
         points = []
         sharpness.update(
-            ascent,
+            None,
             sharpness.init(params),
             params,
             grad_fn=lambda point: (points.append(point), params)[1],
+            perturbation_grads=ascent,
         )
         return points[0]
 

@@ -74,11 +74,11 @@ class Case:
 
         @jax.jit
         def step(params, state, base_state, batch, numbers):
-            ascent = jax.grad(self.loss)(params, batch)
+            clean = jax.grad(self.loss)(params, batch)
             arguments = {"loss_fn": functools.partial(self.loss, batch=batch)}
             if extra_args is not None:
-                arguments |= extra_args(batch, ascent, numbers)
-            grads, state = tx.update(ascent, state, params, **arguments)
+                arguments |= extra_args(batch, clean, numbers)
+            grads, state = tx.update(clean, state, params, **arguments)
             updates, base_state = self.base.update(grads, base_state, params)
             return grads, optax.apply_updates(params, updates), state, base_state
 
@@ -126,7 +126,7 @@ def test_tilted(name, together):
     case.run(
         tx,
         numbers=lambda t, params: case.tree("noise_standard_normal", t),
-        extra_args=lambda batch, ascent, noise: {"noise": noise},
+        extra_args=lambda batch, clean, noise: {"noise": noise},
     )
 
 
@@ -158,7 +158,7 @@ def test_sparse_fisher_with_the_stale_gradient_of_the_published_code():
         squares = [jax.tree.map(jnp.square, gradient) for gradient in gradients]
         return functools.reduce(optax.tree.add, squares)
 
-    def extra_args(batch, ascent, scores):
+    def extra_args(batch, clean, scores):
         return {"fisher_scores_fn": lambda params: scores}
 
     def after(t, state):
@@ -184,9 +184,9 @@ def test_sparse_dynamic():
     first = jax.tree.map(lambda m: m[0], masks)
     state = optax.tree.set(jax.jit(tx.init)(case.tree("init")), dynamic_mask=first)
 
-    def extra_args(batch, ascent, growth_scores):
+    def extra_args(batch, clean, growth_scores):
         # Published here: drop the smallest gradients, grow at random.
-        return {"drop_scores": jax.tree.map(jnp.abs, ascent), "growth_scores": growth_scores}
+        return {"drop_scores": jax.tree.map(jnp.abs, clean), "growth_scores": growth_scores}
 
     def after(t, state):
         mask = optax.tree.get(state, "dynamic_mask")
@@ -208,7 +208,7 @@ def test_efficient():
     assert (case.golden["selected"].sum(-1) == kept).all()
     tx = efficient_sam(h["rho"], h["beta"], kept / examples)
 
-    def extra_args(batch, ascent, numbers):
+    def extra_args(batch, clean, numbers):
         x, y = batch
 
         def example_losses_fn(params, indices):
@@ -223,14 +223,12 @@ def test_efficient():
 def test_sampa():
     case = Case("sampa_mlp")
     h = case.hyperparameters
-    tx = sampa(case.base, h["rho"], h["lambda"])
+    tx = sampa(case.base, h["rho"], h["lambda"], batch_like=case.batch(0))
     params = case.tree("init")
     state = tx.init(params)
     update = jax.jit(functools.partial(tx.update, batch_loss_fn=case.loss))
     for t in range(len(case.golden["batch/x"])):
-        updates, state = update(
-            None, state, params, batch=case.batch(t), previous_batch=case.batch(max(t - 1, 0))
-        )
+        updates, state = update(None, state, params, batch=case.batch(t))
         params = optax.apply_updates(params, updates)
         case.check(state.lookahead_gradient, "ascent_grad", t)
         case.check(params, "traj", t + 1)
@@ -255,7 +253,7 @@ def test_momentum_sam_is_a_step_along_minus_the_momentum():
             return optax.tree.add(jax.grad(case.loss)(point, batch), decay)
 
         ascent = optax.tree.scale(-1.0, optax.tree.get(base_state, "trace"))
-        grads, state = tx.update(ascent, state, params, grad_fn=grad_fn)
+        grads, state = tx.update(None, state, params, grad_fn=grad_fn, perturbation_grads=ascent)
         updates, base_state = base.update(grads, base_state)
         return points[0], optax.apply_updates(params, updates), state, base_state
 

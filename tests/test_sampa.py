@@ -11,64 +11,125 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bisam_jax import sampa
+from bisam_jax import adaptive_l2_ball, sampa, value_and_grad
 from tests.compiled import OPTIONS, quick_jit
 from tests.problems import loss_of_batch, mlp_batch, mlp_params, perturbation_loss_of_batch
-from tests.quadratic import C, W, descent, gradient, linear, quadratic, unit
+from tests.quadratic import (
+    C,
+    W,
+    adaptive_eps,
+    assert_takes_one_ball,
+    descent,
+    gradient,
+    linear,
+    quadratic,
+    unit,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-@pytest.mark.parametrize("bilevel", [False, True])
-def test_sampa_on_a_quadratic(bilevel):
-    shifts = np.array([[0.0, 0.0], [1.0, -1.0], [0.5, 2.0]])
+SHIFTS = np.array([[0.0, 0.0], [1.0, -1.0], [0.5, 2.0]])
+RATE, MOMENTUM, INTERPOLATION = 0.1, 0.9, 0.3
 
-    def batch_loss_fn(w, batch):
-        return quadratic(w) + batch @ w
 
-    def batch_q(w, batch):
-        return linear(w) + batch[0] * jnp.sum(w**2)
+def shifted_loss(w, batch):
+    return quadratic(w) + batch @ w
 
-    q = {"batch_perturbation_loss_fn": batch_q} if bilevel else {}
-    rate, momentum, lam = 0.1, 0.9, 0.3
-    tx = sampa(optax.sgd(rate, momentum=momentum), 0.2, lam, bilevel=bilevel)
-    w, state = jnp.asarray(W), tx.init(jnp.asarray(W))
-    x, v, look, direction = W, np.zeros(2), np.zeros(2), np.zeros(2)
-    for t, batch in enumerate(shifts):
-        previous = shifts[max(t - 1, 0)]
-        updates, state = tx.update(
-            None,
-            state,
-            w,
-            batch_loss_fn=batch_loss_fn,
-            batch=jnp.asarray(batch),
-            previous_batch=jnp.asarray(previous if t else shifts[2]),
-            **q,
-        )
-        w = w + updates
-        eps = 0.2 * unit(direction) if t else 0.0
-        p = gradient(x + eps) + previous
-        y = x - rate * (look + momentum * v) if t else x
+
+def shifted_q(w, batch):
+    return linear(w) + batch[0] * jnp.sum(w**2)
+
+
+def by_hand(eps, bilevel):
+    """The weights after each step."""
+    x, v, look, direction = W, np.zeros(2), np.zeros(2), None
+    for t, batch in enumerate(SHIFTS):
+        previous = SHIFTS[max(t - 1, 0)]
+        p = gradient(x + (eps(direction, x) if t else 0.0)) + previous
+        y = x - RATE * (look + MOMENTUM * v) if t else x
         look = gradient(y) + batch
         direction = C + 2 * batch[0] * y if bilevel else look
-        v = momentum * v + (1 - lam) * p + lam * look
-        x = x - rate * v
-        np.testing.assert_allclose(w, x, rtol=1e-12)
+        v = MOMENTUM * v + (1 - INTERPOLATION) * p + INTERPOLATION * look
+        x = x - RATE * v
+        yield x
+
+
+@pytest.mark.parametrize(
+    ("ball", "eps"),
+    [
+        ({"rho": 0.2}, lambda a, w: 0.2 * unit(a)),
+        ({"perturbation": adaptive_l2_ball(0.3, eta=0.1)}, adaptive_eps),
+    ],
+    ids=["ball", "adaptive ball"],
+)
+@pytest.mark.parametrize("bilevel", [False, True], ids=["sam", "bisam"])
+@pytest.mark.parametrize("grads", [None, np.full(2, np.nan)], ids=["no grads", "grads"])
+def test_sampa_on_a_quadratic(ball, eps, bilevel, grads):
+    q = {"batch_perturbation_loss_fn": shifted_q} if bilevel else {}
+    optimizer = optax.sgd(RATE, momentum=MOMENTUM)
+    like = jax.ShapeDtypeStruct((2,), jnp.float64)
+    tx = sampa(optimizer, **ball, interpolation=INTERPOLATION, batch_like=like, bilevel=bilevel)
+    w, state = jnp.asarray(W), tx.init(jnp.asarray(W))
+    for batch, expected in zip(SHIFTS, by_hand(eps, bilevel), strict=True):
+        updates, state = tx.update(
+            grads, state, w, batch_loss_fn=shifted_loss, batch=jnp.asarray(batch), **q
+        )
+        w = w + updates
+        np.testing.assert_allclose(w, expected, rtol=1e-12)
+        np.testing.assert_array_equal(state.sampa_batch, batch)
+
+
+@pytest.mark.parametrize("bilevel", [False, True], ids=["sam", "bisam"])
+def test_sampa_through_value_and_grad(bilevel):
+    optimizer = optax.sgd(RATE, momentum=MOMENTUM)
+    tx = sampa(optimizer, 0.2, INTERPOLATION, batch_like=SHIFTS[:1], bilevel=bilevel)
+
+    def losses(fn):
+        return lambda w, batch: jax.vmap(lambda shift: fn(w, shift))(batch)
+
+    q = losses(shifted_q) if bilevel else None
+    step = jax.jit(value_and_grad(tx, losses(shifted_loss), q))
+    w, state = jnp.asarray(W), tx.init(jnp.asarray(W))
+    trajectory = by_hand(lambda a, w: 0.2 * unit(a), bilevel)
+    for batch, expected in zip(SHIFTS, trajectory, strict=True):
+        value, updates, state = step(w, state, jnp.asarray(batch[None]))
+        clean = shifted_q if bilevel else shifted_loss
+        np.testing.assert_allclose(value, clean(w, jnp.asarray(batch)), rtol=1e-12)
+        w = w + updates
+        np.testing.assert_allclose(w, expected, rtol=1e-12)
 
 
 def test_sampa_with_interpolation_one_is_the_lookahead_optimizer():
     base = optax.sgd(0.1)
-    tx = sampa(base, 0.5, 1.0)
+    tx = sampa(base, 0.5, 1.0, batch_like=0.0)
     w, state = jnp.asarray(W), tx.init(jnp.asarray(W))
     x, look = W, np.zeros(2)
     for t in range(4):
         updates, state = tx.update(
-            None, state, w, batch_loss_fn=lambda w, _: quadratic(w), batch=0.0, previous_batch=0.0
+            None, state, w, batch_loss_fn=lambda w, _: quadratic(w), batch=0.0
         )
         w = w + updates
         look = gradient(x - 0.1 * look) if t else gradient(x)
         x = x - 0.1 * look
         np.testing.assert_allclose(w, x, rtol=1e-12)
+
+
+def test_extra_args_reach_the_perturbation():
+    def update_fn(updates, state, params=None, *, temperature, **extra_args):
+        return jax.tree.map(lambda g: temperature * g, updates), state
+
+    scaled = optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update_fn)
+    tx = sampa(optax.sgd(RATE), interpolation=0.0, batch_like=W, perturbation=scaled)
+    w, state = jnp.asarray(W), tx.init(W)
+    for _ in range(2):
+        before = w
+        updates, state = tx.update(
+            None, state, w, batch_loss_fn=shifted_loss, batch=jnp.zeros(2), temperature=0.5
+        )
+        w = w + updates
+    expected = before - RATE * gradient(before + 0.5 * gradient(W))
+    np.testing.assert_allclose(w, expected, rtol=1e-12)
 
 
 def mesh_of(halves, size, kind=AxisType.Auto):
@@ -84,26 +145,35 @@ def noisy_loss(params, batch):
 
 def three_steps(bilevel, mesh, gradient_axis):
     params, rng = mlp_params(dtype=jnp.float64), jax.random.key(0)
-    tx = sampa(optax.sgd(0.1, momentum=0.9), 0.3, 0.3, bilevel=bilevel, gradient_axis=gradient_axis)
-
-    @quick_jit
-    def step(params, state, batch, previous_batch):
-        q = {"batch_perturbation_loss_fn": perturbation_loss_of_batch} if bilevel else {}
-        batches = {"batch": batch, "previous_batch": previous_batch}
-        updates, state = tx.update(None, state, params, batch_loss_fn=noisy_loss, **batches, **q)
-        return optax.apply_updates(params, updates), state
-
     batches = [
         mlp_batch(seed) | {"key": jax.random.split(jax.random.fold_in(rng, seed), 16)}
         for seed in range(3)
     ]
+    tx = sampa(
+        optax.sgd(0.1, momentum=0.9),
+        0.3,
+        0.3,
+        batch_like=batches[0],
+        bilevel=bilevel,
+        gradient_axis=gradient_axis,
+    )
+
+    @quick_jit
+    def step(params, state, batch):
+        q = {"batch_perturbation_loss_fn": perturbation_loss_of_batch} if bilevel else {}
+        updates, state = tx.update(None, state, params, batch_loss_fn=noisy_loss, batch=batch, **q)
+        return optax.apply_updates(params, updates), state
+
     with jax.set_mesh(mesh):
         params = jax.device_put(params, NamedSharding(mesh, P()))
         batches = jax.device_put(batches, NamedSharding(mesh, P("data")))
         state = tx.init(params)
-        for batch, previous in zip(batches, [batches[0], *batches], strict=False):
-            params, state = step(params, state, batch, previous)
-    return jax.device_get((params, state))
+        laid_out = jax.device_put(state.sampa_batch, NamedSharding(mesh, P("data")))
+        state = state._replace(sampa_batch=laid_out)
+        for batch in batches:
+            params, state = step(params, state, batch)
+    keys = jax.random.key_data(state.sampa_batch.pop("key"))
+    return jax.device_get((params, state, keys))
 
 
 @functools.cache
@@ -123,18 +193,17 @@ def program(mesh, gradient_axis):
     """Of a step that is all products of matrices."""
     params = {"w": jax.ShapeDtypeStruct((3, 64, 64), jnp.float32)}
     batch = jax.ShapeDtypeStruct((128, 64), jnp.float32, sharding=NamedSharding(mesh, P("data")))
-    tx = sampa(optax.sgd(0.1), 0.3, gradient_axis=gradient_axis)
+    tx = sampa(optax.sgd(0.1), 0.3, batch_like=batch, gradient_axis=gradient_axis)
 
     def loss_fn(params, x):
         return jnp.square(x @ params["w"][0] @ params["w"][1] @ params["w"][2]).mean()
 
-    def step(params, state, batch, previous_batch):
-        batches = {"batch": batch, "previous_batch": previous_batch}
-        return tx.update(None, state, params, batch_loss_fn=loss_fn, **batches)[0]
+    def step(params, state, batch):
+        return tx.update(None, state, params, batch_loss_fn=loss_fn, batch=batch)[0]
 
     with jax.set_mesh(mesh):
-        state = jax.eval_shape(tx.init, params)
-        return jax.jit(step).lower(params, state, batch, batch).compile(OPTIONS)
+        state = jax.eval_shape(tx.init, params)._replace(sampa_batch=batch)
+        return jax.jit(step).lower(params, state, batch).compile(OPTIONS)
 
 
 def test_each_half_computes_one_gradient():
@@ -150,10 +219,10 @@ def test_a_loss_on_one_half_need_not_know_of_it():
     def loss_fn(w, batch):
         return jax.lax.fori_loop(0, 2, lambda _, total: total + batch @ w, jnp.zeros([]))
 
-    tx = sampa(optax.sgd(0.1), gradient_axis="gradients")
+    tx = sampa(optax.sgd(0.1), batch_like=W, gradient_axis="gradients")
     update = jax.jit(functools.partial(tx.update, batch_loss_fn=loss_fn))
     with jax.set_mesh(mesh_of(2, 1)):
-        update.trace(None, tx.init(W), jnp.asarray(W), batch=W, previous_batch=W)
+        update.trace(None, tx.init(W), jnp.asarray(W), batch=W)
 
 
 @pytest.mark.parametrize(
@@ -166,25 +235,73 @@ def test_a_loss_on_one_half_need_not_know_of_it():
     ids=["none", "size", "type"],
 )
 def test_a_gradient_axis_that_does_not_fit(mesh, got):
-    tx = sampa(optax.sgd(0.1), gradient_axis="gradients")
-    batches = {"batch": 0.0, "previous_batch": 0.0}
+    tx = sampa(optax.sgd(0.1), batch_like=0.0, gradient_axis="gradients")
     message = f"gradient_axis must be an Auto axis of size 2.*{got}.*jax.set_mesh"
     with contextlib.ExitStack() as context:
         if mesh:
             context.enter_context(jax.set_mesh(mesh()))
         with pytest.raises(ValueError, match=message):
-            tx.update(None, tx.init(W), W, batch_loss_fn=lambda w, _: quadratic(w), **batches)
+            tx.update(None, tx.init(W), W, batch_loss_fn=lambda w, _: quadratic(w), batch=0.0)
+
+
+SAMPA = sampa(optax.sgd(0.1), batch_like=W)
+BILEVEL = sampa(optax.sgd(0.1), batch_like=W, bilevel=True)
+COMPLETE = {"loss_fn": None, "batch_loss_fn": shifted_loss, "batch": W}
 
 
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: sampa(0.1), TypeError, "optimizer must be an optax transformation"),
-        (lambda: sampa(optax.sgd(0.1), interpolation=2.0), ValueError, "interpolation must be"),
-        (lambda: sampa(optax.sgd(0.1), gradient_axis=0), TypeError, "name of a mesh axis"),
-        (lambda: descent(sampa(optax.sgd(0.1))), ValueError, "batch_loss_fn is missing"),
+        (lambda: sampa(0.1, batch_like=W), TypeError, "optimizer must be an optax transformation"),
+        (
+            lambda: sampa(optax.sgd(0.1), interpolation=2.0, batch_like=W),
+            ValueError,
+            "interpolation must be",
+        ),
+        (
+            lambda: sampa(optax.sgd(0.1), batch_like=W, gradient_axis=0),
+            TypeError,
+            "name of a mesh axis",
+        ),
+        (lambda: sampa(optax.sgd(0.1)), TypeError, "batch_like"),
+        (lambda: descent(SAMPA), ValueError, "batch_loss_fn is missing"),
+        (lambda: descent(SAMPA, **COMPLETE | {"batch": None}), ValueError, "batch is missing"),
+        (
+            lambda: descent(SAMPA, **COMPLETE | {"batch": np.ones(3)}),
+            ValueError,
+            r"batch must be like the batch_like .* \(2,\), got \(3,\)",
+        ),
+        (
+            lambda: descent(BILEVEL, **COMPLETE),
+            ValueError,
+            r"batch_perturbation_loss_fn is missing, and sampa\(bilevel=True\) ascends it",
+        ),
+        (
+            lambda: descent(SAMPA, **COMPLETE, batch_perturbation_loss_fn=shifted_q),
+            ValueError,
+            r"make it with sampa\(..., bilevel=True\)",
+        ),
+        (
+            lambda: descent(SAMPA, **COMPLETE, perturbation_loss_fn=linear),
+            ValueError,
+            r"make it with sampa\(..., bilevel=True\)",
+        ),
+        (
+            lambda: descent(SAMPA, **COMPLETE, perturbation_grads=C),
+            ValueError,
+            r"make it with sampa\(..., bilevel=True\)",
+        ),
+        (
+            lambda: descent(SAMPA, **COMPLETE | {"batch_loss_fn": lambda w, batch: w}),
+            TypeError,
+            "batch_loss_fn must return one real floating scalar",
+        ),
     ],
 )
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_one_ball():
+    assert_takes_one_ball(functools.partial(sampa, optax.sgd(0.1), batch_like=W))

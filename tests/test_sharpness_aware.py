@@ -7,43 +7,70 @@ import optax
 import pytest
 
 from bisam_jax import adaptive_l2_ball, asam, bisam, l2_ball, sam, sharpness_aware
-from tests.quadratic import A, B, C, W, gradient, linear, quadratic
-
-GRADIENT = gradient(W)
+from tests import quadratic as problem
+from tests.quadratic import (
+    GRADIENT,
+    A,
+    B,
+    C,
+    W,
+    adaptive_eps,
+    each_ascent,
+    each_grads,
+    gradient,
+    l2_eps,
+    linear,
+    quadratic,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-def descent(tx, **extra_args):
-    return tx.update(jnp.asarray(GRADIENT), tx.init(W), jnp.asarray(W), **extra_args)[0]
+def descent(tx, **arguments):
+    return problem.descent(tx, **arguments)[0]
 
 
-def test_sam_on_a_quadratic():
-    expected = A @ (W + 0.3 * GRADIENT / np.linalg.norm(GRADIENT)) - B
-    actual = descent(sam(0.3), loss_fn=quadratic)
+@pytest.mark.parametrize(
+    ("tx", "eps"),
+    [
+        (sam(0.3), l2_eps),
+        (sharpness_aware(l2_ball(0.3)), l2_eps),
+        (asam(0.3, eta=0.1), adaptive_eps),
+        (sharpness_aware(adaptive_l2_ball(0.3, eta=0.1)), adaptive_eps),
+    ],
+    ids=["sam", "in an l2 ball", "asam", "in an adaptive ball"],
+)
+@each_ascent
+@each_grads
+def test_on_a_quadratic(tx, eps, q, a, grads):
+    expected = A @ (W + eps(a)) - B
+    np.testing.assert_allclose(descent(tx, grads=grads, **q), expected, rtol=1e-12)
+    by_gradients = {"loss_fn": None, "grad_fn": gradient}
+    actual = descent(tx, grads=grads, **by_gradients, **q)
     np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
-def test_bisam_on_a_quadratic():
+@pytest.mark.parametrize(
+    "q", [{"perturbation_loss_fn": linear}, {"perturbation_grads": C}], ids=["loss", "gradient"]
+)
+@each_grads
+def test_bisam_on_a_quadratic(q, grads):
     expected = A @ (W + 0.3 * C / 13) - B
-    actual = descent(bisam(0.3), loss_fn=quadratic, perturbation_loss_fn=linear)
-    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+    np.testing.assert_allclose(descent(bisam(0.3), grads=grads, **q), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("g", [GRADIENT, C], ids=["sam", "bisam"])
-def test_asam_on_a_quadratic(g):
-    size = np.abs(W) + 0.1
-    expected = A @ (W + 0.3 * size**2 * g / np.linalg.norm(size * g)) - B
-    q = {"perturbation_loss_fn": linear} if g is C else {}
-    np.testing.assert_allclose(
-        descent(asam(0.3, eta=0.1), loss_fn=quadratic, **q), expected, rtol=1e-12
-    )
+@each_grads
+@pytest.mark.parametrize("q", [{}, {"perturbation_loss_fn": None}, {"perturbation_grads": None}])
+def test_bisam_insists_on_a_perturbation_loss(q, grads):
+    with pytest.raises(ValueError, match=r"bisam ascends Q, and there is none.*use sam"):
+        descent(bisam(0.3), grads=grads, **q)
 
 
 def test_perturbation_raises_what_is_ascended():
     seen = []
     tx = bisam(0.1)
-    descent(tx, grad_fn=lambda w: (seen.append(w), w)[1], perturbation_loss_fn=linear)
+    seen_by = {"loss_fn": None, "grad_fn": lambda w: (seen.append(w), w)[1]}
+    descent(tx, **seen_by, perturbation_loss_fn=linear)
     # On a linear function the rise is exactly rho times the norm of its gradient.
     np.testing.assert_allclose(linear(seen[0]) - linear(W), 0.1 * 13, rtol=1e-12)
 
@@ -52,7 +79,7 @@ def test_steps_of_a_schedule():
     tx = sam(lambda count: jnp.where(count < 1, 0.2, 0.4))
     state = tx.init(W)
     for rho in (0.2, 0.4, 0.4):
-        grads, state = tx.update(jnp.asarray(GRADIENT), state, jnp.asarray(W), loss_fn=quadratic)
+        grads, state = problem.descent(tx, state)
         expected = A @ (W + rho * GRADIENT / np.linalg.norm(GRADIENT)) - B
         np.testing.assert_allclose(grads, expected, rtol=1e-12)
 
@@ -84,7 +111,7 @@ def test_extra_args_reach_the_perturbation():
 def test_perturbation_that_does_not_match_is_named():
     broken = optax.stateless(lambda updates, params: {"other": updates})
     with pytest.raises(ValueError, match="the perturbation does not match params"):
-        descent(sharpness_aware(broken), loss_fn=quadratic)
+        descent(sharpness_aware(broken))
 
 
 @pytest.mark.parametrize("perturbation", [0.05, l2_ball, None])
@@ -113,18 +140,68 @@ def test_numpy_parameters_of_double_precision():
         assert grads.dtype == jnp.float32
 
 
-def test_grads_are_not_looked_at_when_the_perturbation_loss_is_given():
+@pytest.mark.parametrize(
+    "q", [{"perturbation_loss_fn": linear}, {"perturbation_grads": C}], ids=["loss", "gradient"]
+)
+def test_grads_are_not_looked_at_when_the_perturbation_loss_is_given(q):
     tx = bisam(0.3)
-    expected = descent(tx, loss_fn=quadratic, perturbation_loss_fn=linear)
-    nan = jnp.full(2, jnp.nan)
-    without, _ = tx.update(
-        None, tx.init(W), jnp.asarray(W), loss_fn=quadratic, perturbation_loss_fn=linear
-    )
-    np.testing.assert_array_equal(without, expected)
-    actual, _ = tx.update(
-        nan, tx.init(W), jnp.asarray(W), loss_fn=quadratic, perturbation_loss_fn=linear
-    )
-    np.testing.assert_array_equal(actual, expected)
+    expected = descent(tx, **q)
+    np.testing.assert_array_equal(descent(tx, grads=None, **q), expected)
+    nan = np.full(2, np.nan)
+    np.testing.assert_array_equal(descent(tx, grads=nan, **q), expected)
+
+
+def test_grads_are_not_computed_again():
+    points = []
+    for grads, number in ((GRADIENT, 1), (None, 2)):
+        points.clear()
+        descent(
+            sam(0.3),
+            grads=grads,
+            loss_fn=None,
+            grad_fn=lambda w: (points.append(w), gradient(w))[1],
+        )
+        expected = [W, W + l2_eps(GRADIENT)][-number:]
+        np.testing.assert_allclose(points, expected, rtol=1e-12)
+
+
+def test_any_direction_can_be_ascended():
+    momentum = np.array([3.0, -4.0])
+    expected = A @ (W - 0.3 * momentum / 5) - B
+    for grads in (GRADIENT, None):
+        actual = descent(sam(0.3), grads=grads, perturbation_grads=-momentum)
+        np.testing.assert_allclose(actual, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"loss_fn": None}, "exactly one of loss_fn .* and grad_fn .* got neither"),
+        ({"grad_fn": gradient}, "exactly one of loss_fn .* and grad_fn .* got both"),
+        (
+            {"perturbation_loss_fn": linear, "perturbation_grads": C},
+            "at most one of perturbation_loss_fn .* and perturbation_grads .* got both",
+        ),
+        ({"grads": np.ones(3)}, r"grads does not match params: shape \(3,\) at the root"),
+        (
+            {"perturbation_grads": np.ones(3)},
+            r"perturbation_grads does not match params: shape \(3,\) at the root",
+        ),
+        (
+            {"loss_fn": None, "grad_fn": lambda w: w[:1]},
+            r"what grad_fn returned does not match params: shape \(1,\) at the root",
+        ),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        descent(sam(0.3), **arguments)
+
+
+@pytest.mark.parametrize("name", ["loss_fn", "perturbation_loss_fn"])
+def test_losses_must_be_scalars(name):
+    with pytest.raises(TypeError, match=f"^{name} must return one real floating scalar"):
+        descent(sam(0.3), **{name: lambda w: w})
 
 
 def test_adaptive_scales_follow_the_current_parameters():

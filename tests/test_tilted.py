@@ -5,35 +5,75 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bisam_jax import sam, tilted_sam
+from bisam_jax import adaptive_l2_ball, sam, tilted_sam
 from tests.equivalences import assert_bilevel_through_value_and_grad, assert_is_sam, each_size
-from tests.quadratic import C, W, descent, each_ascent, gradient, quadratic, unit
+from tests.quadratic import (
+    GRADIENT,
+    C,
+    W,
+    adaptive_eps,
+    assert_takes_one_ball,
+    descent,
+    each_function,
+    gradient,
+    quadratic,
+    unit,
+)
 
 pytestmark = pytest.mark.usefixtures("float64")
 
 
-@functools.partial(jax.jit, static_argnames=("together", "q"))
-def tilted_descent(tilt, noise, together, q):
-    tx = tilted_sam(0.2, tilt, 3, radius=1.0, scale=0.5, together=together)
-    return descent(tx, noise=noise, perturbation_loss_fn=q)[0]
+NOISE = np.array([[0.3, -0.4], [3.0, 4.0], [0.0, 0.1]])
 
 
-@pytest.mark.parametrize("tilt", [0.0, 2.0, -1.0])
-@pytest.mark.parametrize("together", [False, True])
-@each_ascent
-def test_tilted_on_a_quadratic(q, a, together, tilt):
-    z = np.array([[0.3, -0.4], [3.0, 4.0], [0.0, 0.1]])
+@functools.partial(jax.jit, static_argnames=("tx", "q"))
+def with_and_without_grads(tx, tilt, q):
+    return [
+        descent(tx(tilt), grads=grads, noise=NOISE, perturbation_loss_fn=q)[0]
+        for grads in (GRADIENT, None)
+    ]
+
+
+def expected_descent(tilt, q, eps):
     losses, grads = [], []
-    for noise in z:
+    for noise in NOISE:
         noise = 0.5 * noise * min(1, 1.0 / (0.5 * np.linalg.norm(noise)))
-        ascent = C if q else gradient(W + noise)
-        point = W + noise + 0.2 * unit(ascent)
+        start = W + noise
+        point = start + eps(C if q else gradient(start), start)
         losses.append(float(quadratic(point)))
         grads.append(gradient(point))
     weights = np.exp(tilt * np.array(losses))
-    expected = weights @ np.array(grads) / weights.sum()
-    actual = tilted_descent(tilt, z, together, q.get("perturbation_loss_fn"))
-    np.testing.assert_allclose(actual, expected, rtol=1e-12)
+    return weights @ np.array(grads) / weights.sum()
+
+
+def in_a_ball(tilt, together):
+    return tilted_sam(0.2, tilt, 3, radius=1.0, scale=0.5, together=together)
+
+
+TOGETHER = functools.partial(in_a_ball, together=True)
+ONE_BY_ONE = functools.partial(in_a_ball, together=False)
+
+
+@pytest.mark.parametrize("tilt", [0.0, 2.0, -1.0])
+@pytest.mark.parametrize("tx", [ONE_BY_ONE, TOGETHER], ids=["one by one", "together"])
+@each_function
+def test_tilted_on_a_quadratic(q, a, tx, tilt):
+    expected = expected_descent(tilt, q, lambda a, start: 0.2 * unit(a))
+    actual = with_and_without_grads(tx, tilt, q.get("perturbation_loss_fn"))
+    np.testing.assert_allclose(actual, [expected] * 2, rtol=1e-12)
+
+
+def in_an_adaptive_ball(tilt):
+    ball = adaptive_l2_ball(0.3, eta=0.1)
+    return tilted_sam(tilt=tilt, radius=1.0, scale=0.5, perturbation=ball)
+
+
+@each_function
+def test_adaptive_tilted_on_a_quadratic(q, a):
+    """Each start has a ball of its own size."""
+    expected = expected_descent(2.0, q, adaptive_eps)
+    actual = with_and_without_grads(in_an_adaptive_ball, 2.0, q.get("perturbation_loss_fn"))
+    np.testing.assert_allclose(actual, [expected] * 2, rtol=1e-12)
 
 
 def test_tilted_limits():
@@ -102,14 +142,37 @@ def test_bilevel_through_value_and_grad(sizes):
         (lambda: tilted_sam(num_samples=0), ValueError, "num_samples must be finite, >= 1, got 0"),
         (lambda: tilted_sam(num_samples=1.5), TypeError, "num_samples must be an integer"),
         (lambda: tilted_sam(radius=-1.0), ValueError, "radius must be finite, >= 0"),
-        (lambda: descent(tilted_sam(), loss_fn=None), ValueError, "loss_fn is missing"),
+        (
+            lambda: descent(tilted_sam(), loss_fn=None),
+            ValueError,
+            "exactly one of loss_fn .* got neither",
+        ),
         (
             lambda: descent(tilted_sam(), noise=jnp.ones((2, 2))),
             ValueError,
             r"noise, less its leading axis of num_samples, does not match .* \(2, 2\)",
+        ),
+        (
+            lambda: descent(tilted_sam(), loss_fn=None, grad_fn=gradient),
+            ValueError,
+            "loss_fn is missing, and the method weighs gradients by losses",
+        ),
+        (
+            lambda: descent(tilted_sam(), perturbation_grads=C),
+            ValueError,
+            "perturbation_grads holds at params, and the method ascends Q elsewhere",
         ),
     ],
 )
 def test_errors(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_one_ball():
+    assert_takes_one_ball(tilted_sam)
+
+
+def test_num_samples_cannot_be_traced():
+    with pytest.raises(TypeError, match=r"num_samples shapes the program.*'num_samples'"):
+        jax.jit(lambda number: tilted_sam(num_samples=number).init(W))(2)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bisam_jax.top_k import top_k_mask
+from bisam_jax._top_k import top_k_mask
 
 pytestmark = pytest.mark.usefixtures("float64")
 

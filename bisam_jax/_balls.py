@@ -1,0 +1,37 @@
+"""The perturbation of a method: a ball of its radius, or another that replaces it."""
+
+import math
+
+import optax
+from jax.core import Tracer
+
+from bisam_jax._checks import check_transformation
+from bisam_jax.perturbations import l2_ball
+
+
+def l2_ball_unless(
+    perturbation: optax.GradientTransformation | None,
+    rho: optax.ScalarOrSchedule,
+    default: float = 0.05,
+) -> optax.GradientTransformationExtraArgs:
+    """The `perturbation` of a method's user, or an `l2_ball` of radius `rho` without one.
+
+    Args:
+        perturbation: from the ascent gradient to eps, or None.
+        rho: the method's argument of that name.
+        default: its default, to tell whether it was given too.
+
+    Raises:
+        TypeError: if `perturbation` is no transformation.
+        ValueError: if both were given: one of them would silently have no effect.
+    """
+    if perturbation is None:
+        return l2_ball(rho)
+    check_transformation("perturbation", perturbation)
+    known = not isinstance(rho, Tracer)
+    if known and (callable(rho) or not math.isclose(float(rho), default, rel_tol=0.01)):
+        raise ValueError(
+            "rho and perturbation were both given, and the radius is that of perturbation: leave "
+            "out rho."
+        )
+    return optax.with_extra_args_support(perturbation)
