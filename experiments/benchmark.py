@@ -149,32 +149,30 @@ def family(apply: Callable, params: Any, stats: Any, rho: float) -> list[Subject
         return training.Batch(*batch, positions=jnp.arange(len(batch.labels)))
 
     def subject(name: str, perturbation: str) -> Subject:
-        hyperparameters = {
-            **methods.PERTURBATION_DEFAULTS[perturbation],
-            **methods.DEFAULTS[name],
-            "rho": rho,
-        }
-        method = methods.make(name, perturbation, optimizer, hyperparameters)
-        step = training.make_step(apply, method, loss)
+        values = methods.PERTURBATIONS[perturbation] | methods.METHODS[name].defaults | {"rho": rho}
+
+        def method(batch: data.Split) -> methods.Method:
+            return methods.make(name, perturbation, optimizer, values, batch_like=as_batch(batch))
 
         def update(params: Any, state: Any, batch: data.Split) -> tuple:
             full = training.TrainState(params=params, stats=stats, **state)
-            new, _ = step(full, as_batch(batch))
+            new, _ = training.make_step(apply, method(batch), loss)(full, as_batch(batch))
             kept = {name: getattr(new, name) for name in state}
             return new.params, kept
 
         def init(params: Any, batch: data.Split) -> dict[str, Any]:
-            example, key = as_batch(batch), jax.random.key(0)
-            state = training.init_state(params, stats, method, example, key)._asdict()
+            key = jax.random.key(0)
+            state = training.init_state(params, stats, method(batch), key)._asdict()
             return {name: state[name] for name in state if name not in ("params", "stats")}
 
         return Subject(f"{name}, {perturbation}", update, init)
 
-    names = [name for name in methods.DEFAULTS if not methods.perturbation_of(name)]
-    return [subject("sgd", "ce")] + [
+    # The others are named by what they ascend.
+    names = [name for name, spec in methods.METHODS.items() if spec.ascends is None]
+    return [subject(methods.PLAIN, "ce")] + [
         subject(name, perturbation)
         for name in names
-        if name != "sgd"
+        if name != methods.PLAIN
         for perturbation in ("ce", "log")
     ]
 

@@ -17,6 +17,7 @@ in the same way, but then joins, splits and overlaps collectives by rules of its
 reduce-scatters of all-reduces whose result is not needed whole.
 """
 
+import functools
 import json
 import math
 import os
@@ -35,7 +36,7 @@ from jax.sharding import PartitionSpec as P
 
 import bisam_jax
 from experiments import data, models
-from experiments.layout import sharding_of
+from experiments.layout import by_role, sharding_of
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -125,12 +126,14 @@ SHARDED_WITH_BATCH = Layout(axis="fsdp", batch=("data", "fsdp"))
 
 
 class Method(NamedTuple):
-    """A step `(params, state, *batches)` to the next parameters and state, and where it lies."""
+    """A step `(params, state, batch)` to the next parameters and state, and where it lies.
+
+    The state before the first step is `init(params, batch)`.
+    """
 
     step: Callable
     init: Callable
     layout: Layout = REPLICATED
-    batches: int = 1
 
 
 def methods(problem: Problem, rho: float) -> dict[str, Method]:
@@ -138,43 +141,42 @@ def methods(problem: Problem, rho: float) -> dict[str, Method]:
     base = optax.sgd(0.1, momentum=0.9)
     examples = len(jax.tree.leaves(problem.batch)[0])
 
-    def gradient(tx: Any, q: Callable | None = None, group_size: int | None = None) -> Callable:
-        step = bisam_jax.value_and_grad(tx, problem.loss_fn, q, group_size=group_size)
+    def gradient(tx: Any, q: Callable | None = None, **options: Any) -> Callable:
+        step = bisam_jax.value_and_grad(tx, problem.loss_fn, q, **options)
         return lambda params, batch: step(params, tx.init(params), batch)[1]
 
-    def mapped(params: Any, batch: Any) -> Any:
-        def own(params: Any, batch: Any) -> Any:
-            params = jax.lax.pcast(params, "data", to="varying")
-            return jax.lax.pmean(bisam(params, batch), "data")
-
-        return jax.shard_map(own, in_specs=(P(), P("data")), out_specs=P())(params, batch)
+    def mapped(gradient_fn: Callable) -> Callable:
+        # Made for each mesh in context anew: it keeps the first.
+        return lambda params, batch: jax.shard_map(
+            gradient_fn, in_specs=(P(), P("data")), out_specs=P()
+        )(params, batch)
 
     def descent(gradient_fn: Callable, layout: Layout = REPLICATED) -> Method:
         def step(params: Any, state: Any, batch: Any) -> tuple:
             updates, state = base.update(gradient_fn(params, batch), state, params)
             return optax.apply_updates(params, updates), state
 
-        return Method(step, base.init, layout)
+        return Method(step, lambda params, batch: base.init(params), layout)
 
     def sampa(layout: Layout, gradient_axis: str | None = None) -> Method:
-        tx: Any = bisam_jax.sampa(base, rho, gradient_axis=gradient_axis)
+        make = functools.partial(bisam_jax.sampa, base, rho, gradient_axis=gradient_axis)
 
-        def step(params: Any, state: Any, batch: Any, previous_batch: Any) -> tuple:
-            given = {"batch": batch, "previous_batch": previous_batch}
-            given["batch_loss_fn"] = problem.loss_fn
-            updates, state = tx.update(None, state, params, **given)
+        def step(params: Any, state: Any, batch: Any) -> tuple:
+            value_and_grad = bisam_jax.value_and_grad(make(batch_like=batch), problem.loss_fn)
+            _, updates, state = value_and_grad(params, state, batch)
             return optax.apply_updates(params, updates), state
 
-        return Method(step, tx.init, layout, batches=2)
+        return Method(step, lambda params, batch: make(batch_like=batch).init(params), layout)
 
     q = problem.perturbation_loss_fn
     sgd, bisam = gradient(optax.identity()), gradient(bisam_jax.bisam(rho), q)
+    in_groups = functools.partial(gradient, bisam_jax.bisam(rho), q, group_size=examples)
     return {
         "SGD": descent(sgd),
         "SAM": descent(gradient(bisam_jax.sam(rho))),
         "BiSAM": descent(bisam),
-        "BiSAM, groups": descent(gradient(bisam_jax.bisam(rho), q, group_size=examples)),
-        "BiSAM, groups, shard_map": descent(mapped),
+        "BiSAM, groups": descent(in_groups()),
+        "BiSAM, groups, shard_map": descent(mapped(in_groups(axis_name="data"))),
         "SAMPa": sampa(REPLICATED),
         "SAMPa, two halves": sampa(Layout(halves=True), gradient_axis="gradients"),
         "SGD, sharded parameters": descent(sgd, SHARDED),
@@ -203,14 +205,14 @@ def _measure(method: Method, problem: Problem, devices: int) -> dict[str, float]
         lambda x: x.update(shape=(devices * x.shape[0], *x.shape[1:]), sharding=split),
         problem.batch,
     )
-    state = jax.eval_shape(lambda params: (params, method.init(params)), problem.params)
-    shardings = jax.tree.map(lambda x: sharding_of(x, mesh), state)
+    state = jax.eval_shape(lambda p, b: (p, method.init(p, b)), problem.params, batch)
+    shardings = by_role(state, lambda _: split, lambda x: sharding_of(x, mesh))
     state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
     step = jax.jit(method.step, donate_argnums=(0, 1), out_shardings=shardings)
     # Counts and sizes are the same with less effort on machine code that is never run.
     options: Any = {"xla_backend_optimization_level": 0}
     with jax.set_mesh(mesh):
-        program: Any = step.lower(*state, *[batch] * method.batches).compile(options)
+        program: Any = step.lower(*state, batch).compile(options)
     found = collectives(program.as_text(), devices)
     return {
         "flops": program.cost_analysis()["flops"],

@@ -33,7 +33,7 @@ import tyro
 import bisam_jax
 from experiments import command_line, data, report, results, runs
 from experiments.checkpoints import CheckpointError
-from experiments.config import ArgumentError
+from experiments.config import OF_PERTURBATIONS, ArgumentError
 from experiments.interruption import Interruption
 from experiments.results import Comparison
 from experiments.sweep import Sweep, label_of, method_of
@@ -97,10 +97,11 @@ def compare(arguments: Arguments, folder: Path) -> None:
 
 
 def _train(arguments: Arguments, folder: Path) -> None:
-    grid = arguments.configs()
-    # Of plain training alone, groups have no meaning.
-    task = results.task_of(grid[0]) | {"group_size": arguments.group_size}
-    examples = examples_of(grid)  # before anything is written
+    asked = arguments.configs()
+    examples = examples_of(asked)  # before anything is written
+    grid = asked + arguments.longer_plain(asked, examples.steps_per_epoch)
+    # These have no meaning for plain training, which may be the first.
+    task = results.task_of(grid[0]) | {name: getattr(arguments, name) for name in OF_PERTURBATIONS}
     about = {"task": task, "grid": _as_json(arguments), "runs": len(grid), **_about()}
     with _locked(folder), Interruption() as interruption:
         comparison = _opened(folder, about)

@@ -1,17 +1,15 @@
 """The configuration of a run."""
 
 import dataclasses
-import math
 import re
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from experiments import methods, runs
+from experiments.methods import BASE_OPTIMIZERS, METHODS, PERTURBATIONS, Range
 
-BASE_DEFAULTS = {
-    "sgd": {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
-    "adamw": {"learning_rate": 2e-3, "momentum": None, "weight_decay": 1e-2},
-}
 _IMAGES = {"model": "resnet20", "epochs": 200, "batch_size": 128, "cutout": 0.0}
 _NO_AUGMENTATION = {"crop_padding": 0, "flip": False, "cutout": 0.0}
 # What suits the images: a mirrored digit is no digit. Everything else is OTHER_DATASETS.
@@ -24,8 +22,8 @@ DATASET_DEFAULTS = {
     "cifar100": {**_IMAGES, "crop_padding": 4, "flip": True},
 }
 OTHER_DATASETS = {**_IMAGES, "crop_padding": 0, "flip": True}
-# Methods whose step needs more than gradients of a batch.
-NOT_IN_PARTS = ("efficient", "sparse-fisher", "sampa")
+# What has no meaning where nothing is perturbed, with the values that say nothing.
+OF_PERTURBATIONS = {"group_size": None, "start_step": 0, "every": 1}
 
 # What says where a run is computed. It changes nothing but the rounding of its numbers, unless
 # batch statistics are per device.
@@ -55,23 +53,6 @@ Model = Literal[
     "vit_tiny",
     "vit_small",
 ]
-Method = Literal[
-    "sgd",
-    "sam",
-    "asam",
-    "bisam-log",
-    "bisam-tanh",
-    "gsam",
-    "bilateral",
-    "tilted",
-    "sparse-fisher",
-    "sparse-dynamic",
-    "efficient",
-    "sampa",
-    "friendly",
-]
-Number = TypeVar("Number")
-Count = TypeVar("Count")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,69 +92,46 @@ class Task:
     """m-sharpness: so many examples share a perturbation (default: the batch)."""
     microbatch_size: int | None = None
     """Compute on so many examples at a time, to save memory (default: the batch)."""
+    start_step: int = 0
+    """Perturb from this step on; the steps before it are plain, and cost one gradient."""
+    every: int = 1
+    """From then on, perturb every so many steps; the others are plain."""
     label_noise: float = 0.0
     """Share of the training and validation labels replaced by another class."""
     workers: int | None = None
     """Processes that decode images, if streamed (default: one a CPU, at most 16)."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Hyperparameters(Generic[Number, Count]):
-    """Of methods and base optimizers: one value of each, or several to compare.
+HYPERPARAMETERS = tuple(methods.HYPERPARAMETERS)
 
-    None is the default of the method or base optimizer.
-    """
+if TYPE_CHECKING:
+    Method = str
 
-    rho: Number | None = None
-    """Radius of the perturbation (default 0.05; asam 0.5)."""
-    mu: Number | None = None
-    """BiSAM: sharpness of the maximum over classes (default 1 for -log, 10 for tanh)."""
-    alpha: Number | None = None
-    """BiSAM (tanh): slope of the lower bound (default 0.1)."""
-    eta: Number | None = None
-    """asam: added to each weight's size (default 0.01)."""
-    gsam_alpha: Number | None = None
-    """gsam: weight of the clean gradient's orthogonal part (default 0.4)."""
-    rho_min: Number | None = None
-    """bilateral: radius on the downhill side (default 0.05)."""
-    tilt: Number | None = None
-    """tilted: how far the mean leans towards the worst start (default 1)."""
-    num_samples: Count | None = None
-    """tilted: number of noisy starts (default 3)."""
-    noise_radius: Number | None = None
-    """tilted: largest norm of the noise (default 0.5)."""
-    noise_scale: Number | None = None
-    """tilted: standard deviation of the noise before it is shortened (default 1)."""
-    sparsity: Number | None = None
-    """sparse-*: share of the weights that are not perturbed (default 0.5)."""
-    update_every: Count | None = None
-    """sparse-*: steps between changes of the mask (default: an epoch)."""
-    drop_rate: Number | None = None
-    """sparse-dynamic: share of the mask that moves (default 0.5)."""
-    beta: Number | None = None
-    """efficient: probability that a weight is perturbed (default 0.5)."""
-    gamma: Number | None = None
-    """efficient: share of the examples to descend on (default 0.5)."""
-    interpolation: Number | None = None
-    """sampa: weight of the look-ahead gradient (default 0.2)."""
-    sigma: Number | None = None
-    """friendly: how much of the running mean is taken away (default 1)."""
-    decay: Number | None = None
-    """friendly: of the running mean (default 0.9)."""
+    class Hyperparameters:
+        """Those of the table, which type checkers do not read."""
 
-    learning_rate: Number | None = None
-    """Its value before decay (default 0.1; adamw 0.002)."""
-    momentum: Number | None = None
-    """Of sgd (default 0.9)."""
-    weight_decay: Number | None = None
-    """In the base optimizer (default 0.0005; adamw 0.01)."""
+        def __getattr__(self, name: str) -> Any: ...
 
+    SeveralHyperparameters = Hyperparameters
+else:
+    Method = Literal[tuple(METHODS)]
 
-HYPERPARAMETERS = tuple(field.name for field in dataclasses.fields(Hyperparameters))
+    def _hyperparameters(several: bool) -> type:
+        """A class with a field for each: a value, or several; None is the default."""
+
+        def field(name: str, is_count: bool) -> tuple[str, Any, None]:
+            number = int if is_count else float
+            values = (tuple[number, ...] if several else number) | None
+            return name, Annotated[values, tyro.conf.arg(help=methods.help_of(name))], None
+
+        fields = [field(name, known.is_count) for name, known in methods.HYPERPARAMETERS.items()]
+        return dataclasses.make_dataclass("Hyperparameters", fields, frozen=True)
+
+    Hyperparameters, SeveralHyperparameters = _hyperparameters(False), _hyperparameters(True)
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Hyperparameters[float, int], Task):
+class Config(Hyperparameters, Task):
     """What one run depends on. None is the default of the method, base optimizer or data set."""
 
     method: Method = "bisam-log"
@@ -199,15 +157,14 @@ class Config(Hyperparameters[float, int], Task):
 
     def __post_init__(self) -> None:
         """Refuses impossible values, by the names of the command line."""
-        for name, (minimum, maximum) in _RANGES.items():
-            _check(f"--{name.replace('_', '-')}", getattr(self, name), minimum, maximum)
-        for name, maximum in (("mu", math.inf), ("alpha", math.inf), ("beta", 1), ("gamma", 1)):
-            _check(f"--{name}", getattr(self, name), 0, maximum, exclusive=True)
-        said = methods.perturbation_of(self.method)
-        if said is not None and self.perturbation not in (None, said):
+        ranges = {name: known.range for name, known in methods.HYPERPARAMETERS.items()}
+        for name, range_ in (_RANGES | ranges).items():
+            _check(f"--{name.replace('_', '-')}", getattr(self, name), range_)
+        spec = METHODS[self.method]
+        if spec.ascends is not None and self.perturbation not in (None, spec.ascends):
             raise ArgumentError(
                 f"--perturbation {self.perturbation} contradicts --method {self.method}: use "
-                "--method sam with it"
+                f"--method {spec.is_case_of} with it"
             )
 
     def resolved(self) -> "Config":
@@ -216,15 +173,12 @@ class Config(Hyperparameters[float, int], Task):
         Raises:
             ArgumentError: if values contradict each other.
         """
-        perturbation = methods.perturbation_of(self.method) or self.perturbation or "ce"
-        every = (methods.DEFAULTS, methods.PERTURBATION_DEFAULTS)
-        names = (name for table in every for defaults in table.values() for name in defaults)
-        values: dict[str, Any] = dict.fromkeys(names)
-        values |= methods.DEFAULTS[self.method] | BASE_DEFAULTS[self.base]
-        if self.method != "sgd":
-            values |= methods.PERTURBATION_DEFAULTS[perturbation]
-        else:
+        spec = METHODS[self.method]
+        perturbation = spec.ascends or self.perturbation or "ce"
+        if spec.is_plain:
             perturbation = "ce"
+        values: dict[str, Any] = dict.fromkeys(HYPERPARAMETERS)
+        values |= spec.defaults | PERTURBATIONS[perturbation] | BASE_OPTIMIZERS[self.base]
         values |= DATASET_DEFAULTS.get(_base_name(self.dataset), OTHER_DATASETS)
 
         def value_of(name: str, default: Any) -> Any:
@@ -233,8 +187,6 @@ class Config(Hyperparameters[float, int], Task):
             return default if default is None or given is None else given
 
         values = {name: value_of(name, default) for name, default in values.items()}
-        if values["update_every"] is not None:
-            values["update_every"] = self.update_every  # by default, an epoch
         name = f"{_base_name(self.dataset)}-{self.method}-seed{self.seed}"
         config = dataclasses.replace(
             self,
@@ -248,51 +200,70 @@ class Config(Hyperparameters[float, int], Task):
 
     def with_epochs_of(self, steps: int) -> "Config":
         """With defaults filled in that are a number of epochs of so many steps."""
-        values = {"checkpoint_every": steps * (10 if self.dataset == "digits" else 1)}
-        if "update_every" in methods.DEFAULTS[self.method]:
-            values["update_every"] = steps
-        missing = {name: value for name, value in values.items() if getattr(self, name) is None}
-        return dataclasses.replace(self, **missing)
+        if self.checkpoint_every is not None:
+            return self
+        epochs = 10 if self.dataset == "digits" else 1
+        return dataclasses.replace(self, checkpoint_every=steps * epochs)
+
+    def examples_left(self, examples: int) -> dict[str, int]:
+        """How many of some examples a step is on, by the hyperparameter that says so."""
+        shares = {
+            name: getattr(self, name)
+            for name, known in methods.HYPERPARAMETERS.items()
+            if known.is_share_of_examples
+        }
+        # A product of 6.999999 is meant as 7.
+        return {
+            name: int(examples * share + 1e-6)
+            for name, share in shares.items()
+            if share is not None
+        }
 
     def _check_sizes(self) -> None:
         """Refuses sizes that do not fit each other, once all are known."""
         assert self.batch_size is not None
-        if self.method == "efficient" and int(self.batch_size * (self.gamma or 0.5)) < 2:
-            raise ArgumentError("--gamma leaves less than 2 examples of --batch-size")
-        if self.group_size is not None and self.method == "sgd":
-            raise ArgumentError(
-                "--group-size has no meaning for --method sgd: nothing is perturbed"
-            )
+        self._check_perturbed()
         for name in ("group_size", "microbatch_size"):
             option, size = f"--{name.replace('_', '-')}", getattr(self, name)
-            if size is None:
-                continue
-            if self.method in NOT_IN_PARTS:
-                raise ArgumentError(f"{option} cannot be used with --method {self.method}")
-            if self.batch_size % size:
+            if size is not None and self.batch_size % size:
                 raise ArgumentError(
                     f"{option} must divide --batch-size, got {size} and {self.batch_size}"
                 )
+        whole = "--batch-size" if self.group_size is None else "--group-size"
+        for name, left in self.examples_left(self.group_size or self.batch_size).items():
+            if left < 2:
+                raise ArgumentError(f"--{name} leaves less than 2 examples of {whole}")
         if self.group_size and self.microbatch_size and self.microbatch_size % self.group_size:
             raise ArgumentError(
                 f"--microbatch-size must be a multiple of --group-size, got "
                 f"{self.microbatch_size} and {self.group_size}"
             )
 
+    def _check_perturbed(self) -> None:
+        """Refuses options that the method cannot follow."""
+        spec = METHODS[self.method]
+        for name, nothing in OF_PERTURBATIONS.items():
+            option = f"--{name.replace('_', '-')}"
+            if getattr(self, name) == nothing:
+                continue
+            if spec.is_plain:
+                raise ArgumentError(
+                    f"{option} has no meaning for --method {self.method}: nothing is perturbed"
+                )
+            if spec.contains_optimizer:
+                raise ArgumentError(
+                    f"{option} cannot be used with --method {self.method}, which contains the "
+                    "base optimizer: its steps are whole updates, not gradients"
+                )
+
 
 _RANGES = {
-    **dict.fromkeys(("rho", "eta", "learning_rate", "weight_decay", "momentum"), (0, math.inf)),
-    **dict.fromkeys(("gsam_alpha", "rho_min", "noise_radius", "noise_scale"), (0, math.inf)),
-    **dict.fromkeys(("sparsity", "drop_rate", "interpolation", "decay"), (0, 1)),
-    **dict.fromkeys(("num_samples", "update_every"), (1, math.inf)),
-    **dict.fromkeys(("epochs", "train_examples", "image_size"), (1, math.inf)),
-    **dict.fromkeys(("group_size", "microbatch_size", "batch_size"), (2, math.inf)),
-    **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "devices", "fsdp"), (1, math.inf)),
-    **dict.fromkeys(("crop_padding", "workers"), (0, math.inf)),
-    **dict.fromkeys(("label_noise", "label_smoothing", "cutout"), (0, 1)),
-    "seed": (0, 2**32 - 1),
-    "sigma": (0, math.inf),
-    "tilt": (-math.inf, math.inf),
+    **dict.fromkeys(("epochs", "train_examples", "image_size", "every"), Range(1)),
+    **dict.fromkeys(("group_size", "microbatch_size", "batch_size"), Range(2)),
+    **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "devices", "fsdp"), Range(1)),
+    **dict.fromkeys(("crop_padding", "workers", "start_step"), Range(0)),
+    **dict.fromkeys(("label_noise", "label_smoothing", "cutout"), Range(0, 1)),
+    "seed": Range(0, 2**32 - 1),
 }
 
 
@@ -301,18 +272,6 @@ def _base_name(dataset: str) -> str:
     return re.split("[/:]", dataset)[0]
 
 
-def _check(
-    name: str,
-    value: float | None,
-    minimum: float,
-    maximum: float = math.inf,
-    *,
-    exclusive: bool = False,
-) -> None:
-    if value is None:
-        return
-    too_small = value <= minimum if exclusive else value < minimum
-    if not abs(value) < FLOAT32_MAX or too_small or value > maximum:
-        upper = f" and at most {maximum:g}" if maximum < math.inf else ""
-        lower = f"greater than {minimum:g}" if exclusive else f"at least {minimum:g}"
-        raise ArgumentError(f"{name} must be finite, {lower}{upper}, got {value}")
+def _check(option: str, value: float | None, range_: Range) -> None:
+    if value is not None and not (abs(value) < FLOAT32_MAX and value in range_):
+        raise ArgumentError(f"{option} must be finite, {range_}, got {value}")

@@ -20,7 +20,7 @@ from experiments import (
     training,
 )
 from experiments.config import HYPERPARAMETERS, ArgumentError, Config
-from experiments.parallelism import devices_of, over_devices
+from experiments.parallelism import over_devices
 
 CUTOUT_LENGTH = 16
 # Enough for the host never to be waited for, and few enough for a signal not to wait long.
@@ -92,15 +92,22 @@ class Experiment:
         # Keys of their own, so that nothing drawn for one purpose is drawn for another.
         init_key, method_key, key = jax.random.split(key, 3)
         params, stats = self._init(init_key)
-        shape = (self.batch_size, *self.dataset.image_shape)
-        integers = jnp.zeros(shape[:1], jnp.int32)
-        example = training.Batch(jnp.zeros(shape, jnp.float32), integers, integers)
-        method = self._method(values, method_key)
-        return training.init_state(params, stats, method, example, key)
+        return training.init_state(params, stats, self._method(values, method_key), key)
 
     def _method(self, values: dict[str, Any], key: jax.Array | int = 0) -> methods.Method:
-        axis = layout.gradient_axis(self.config, self.layout)
-        return _method(self.config, values, self.total_steps, key, axis)
+        config, size = self.config, self.batch_size
+        assert config.perturbation is not None
+        images: Any = jax.ShapeDtypeStruct((size, *self.dataset.image_shape), jnp.float32)
+        integers: Any = jax.ShapeDtypeStruct((size,), jnp.int32)
+        return methods.make(
+            config.method,
+            config.perturbation,
+            _optimizer(config, values, self.total_steps),
+            values,
+            batch_like=training.Batch(images, integers, integers),
+            key=key,
+            gradient_axis=layout.gradient_axis(config, self.layout),
+        )
 
     @property
     def _statistics_axis(self) -> str | None:
@@ -162,23 +169,17 @@ class Experiment:
         return "shard_map" if parts > 1 and at_once % (parts * config.group_size) == 0 else "jit"
 
     def _step_of_one(self, values: dict[str, Any]) -> training.Step:
-        config, method = self.config, self._method(values)
-        loss = training.cross_entropy(config.label_smoothing)
-        devices = devices_of(
-            self._parallelism,
-            self.layout,
-            shared_statistics=self._statistics_axis is not None,
-        )
-        if config.group_size is None and config.microbatch_size is None:
-            return training.make_step(self._apply, method, loss, devices)
-        seen = 1 if self._parallelism == "jit" else self.layout.parts
-        return training.make_step_in_parts(
+        config = self.config
+        in_one = self._parallelism == "jit"
+        parts = 1 if in_one else self.layout.parts
+        return training.make_step(
             self._apply,
-            method,
-            loss,
+            self._method(values),
+            training.cross_entropy(config.label_smoothing),
+            when=training.whenever(config.start_step, config.every),
             group_size=config.group_size,
-            microbatch_size=config.microbatch_size and config.microbatch_size // seen,
-            devices=devices,
+            microbatch_size=config.microbatch_size and config.microbatch_size // parts,
+            axis_name=None if in_one else layout.DATA,
         )
 
     @property
@@ -217,23 +218,16 @@ def _model(
         raise ArgumentError(f"--model {config.model}: {error}") from error
 
 
-def _method(
-    config: Config,
-    values: dict[str, Any],
-    total_steps: int,
-    key: jax.Array | int,
-    gradient_axis: str | None,
-) -> methods.Method:
-    assert config.perturbation is not None
+def _optimizer(
+    config: Config, values: dict[str, Any], total_steps: int
+) -> optax.GradientTransformation:
     schedule = optax.cosine_decay_schedule(values["learning_rate"], total_steps)
     if config.base == "adamw":
-        optimizer = optax.adamw(schedule, weight_decay=values["weight_decay"])
-    else:
-        optimizer = optax.chain(
-            optax.add_decayed_weights(values["weight_decay"]),
-            optax.sgd(schedule, momentum=values["momentum"]),
-        )
-    return methods.make(config.method, config.perturbation, optimizer, values, key, gradient_axis)
+        return optax.adamw(schedule, weight_decay=values["weight_decay"])
+    return optax.chain(
+        optax.add_decayed_weights(values["weight_decay"]),
+        optax.sgd(schedule, momentum=values["momentum"]),
+    )
 
 
 def _normalise(dataset: data.Dataset) -> Callable[[jax.Array], jax.Array]:

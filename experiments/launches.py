@@ -73,6 +73,8 @@ def steps_on(
     def one(state: TrainState, data: Split, order: jax.Array, number: jax.Array) -> tuple:
         # Each device takes the rows of its own.
         indices = constrained(order[number % steps_per_epoch])
+        # The same for all replicas, so that what depends on the step is decided once for all.
+        state = state._replace(step=number)
         return step(state, constrained(jax.tree.map(lambda x: x[indices], data)))
 
     def single(state: TrainState, data: Split, order: jax.Array, start: Any, _: Any) -> tuple:

@@ -2,7 +2,7 @@
 
 The devices form a mesh of three axes:
 
-gradients   SAMPa's two gradients, each on one half of the devices; otherwise of size 1
+gradients   a method's two parallel gradients, each on one half of the devices; else of size 1
 data        parts of the batch
 fsdp        parts of the parameters and of everything that has their shapes
 
@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.config import ArgumentError, Config
 from experiments.data import Split
+from experiments.methods import METHODS
 from experiments.models import ARCHITECTURES
 from experiments.training import TrainState
 
@@ -59,9 +60,7 @@ class Layout:
 
     def of_state(self, state: TrainState) -> TrainState:
         """The sharding of each leaf of a training state: arrays or shapes."""
-        shardings = jax.tree.map(lambda leaf: sharding_of(leaf, self.mesh), state)
-        previous = jax.tree.map(lambda _: self.split, state.previous_batch)
-        return shardings._replace(previous_batch=previous)
+        return by_role(state, lambda _: self.split, lambda leaf: sharding_of(leaf, self.mesh))
 
     def make(self, make_state: Callable[[], TrainState]) -> TrainState:
         """The state that `make_state` returns, laid over the devices."""
@@ -107,10 +106,20 @@ class Layout:
         return jax.jit(launch, donate_argnums=0, out_shardings=shardings)
 
     def context(self) -> contextlib.AbstractContextManager:
-        """In which a launch is traced: SAMPa asks for its axis by name."""
+        """In which a launch is traced: parallel gradients ask for their axis by name."""
         if self.mesh.shape[GRADIENTS] > 1:
             return jax.set_mesh(self.mesh)
         return contextlib.nullcontext()
+
+
+def by_role(state: Any, of_batches: Callable[[Any], Any], of_others: Callable[[Any], Any]) -> Any:
+    """Maps the leaves of a state: a previous batch's, which lie as batches do, and all others."""
+
+    def mapped(path: Any, leaf: Any) -> Any:
+        is_of_batch = any(getattr(part, "name", None) == "sampa_batch" for part in path)
+        return of_batches(leaf) if is_of_batch else of_others(leaf)
+
+    return jax.tree_util.tree_map_with_path(mapped, state)
 
 
 def sharding_of(leaf: Any, mesh: Mesh) -> NamedSharding:
@@ -153,12 +162,12 @@ def layout_of(config: Config) -> Layout:
 
 
 def gradient_axis(config: Config, layout: Layout) -> str | None:
-    """The axis over which SAMPa's two gradients lie, if they do."""
+    """The axis over which a method's two parallel gradients lie, if they do."""
     return GRADIENTS if _over_halves(config) and layout.mesh.shape[GRADIENTS] == 2 else None
 
 
 def _over_halves(config: Config) -> bool:
-    return config.method == "sampa" and config.parallelism == "jit"
+    return METHODS[config.method].parallel_gradients and config.parallelism == "jit"
 
 
 def _devices(count: int | None) -> list[Any]:
@@ -194,6 +203,7 @@ def _check_batch(config: Config, parts: int) -> None:
         return
     # Each device works on examples of its own.
     own, group, microbatch = size // parts, config.group_size, config.microbatch_size
+    _check_single_examples(config, parts)
     if group is not None and own % group:
         raise ArgumentError(
             f"--group-size must divide the {own} examples of each of {parts} devices with "
@@ -203,4 +213,17 @@ def _check_batch(config: Config, parts: int) -> None:
         raise ArgumentError(
             f"--microbatch-size must be a multiple of {parts * (group or 1)}, for {parts} devices "
             f"with --parallelism {config.parallelism}, got {microbatch}"
+        )
+
+
+def _check_single_examples(config: Config, parts: int) -> None:
+    """Refuses one example on each device, which cannot be told from a single one of the batch."""
+    shared = config.batch_statistics == "synchronised" and config.group_size is None
+    if parts == 1 or not (shared and METHODS[config.method].takes_single_examples):
+        return
+    size = config.batch_size or 0
+    if parts in (config.microbatch_size or size, *config.examples_left(size).values()):
+        raise ArgumentError(
+            f"--method {config.method} needs 2 examples on each of {parts} devices at a time with "
+            f"--parallelism {config.parallelism}: use --parallelism jit, or fewer --devices"
         )

@@ -6,26 +6,12 @@ pmap       the same as much code on TPUs still has it
 """
 
 import math
-from typing import Any
 
 import jax
 from jax.sharding import PartitionSpec as P
 
-from experiments.devices import OneProgram, PerDevice
-from experiments.layout import DATA, Layout
+from experiments.layout import DATA, Layout, by_role
 from experiments.training import Batch, Step, TrainState
-
-
-def devices_of(parallelism: str, layout: Layout, *, shared_statistics: bool) -> OneProgram:
-    """What the step that :func:`over_devices` takes has to ask of the devices."""
-    if parallelism == "jit":
-        return OneProgram()
-    return PerDevice(
-        DATA,
-        layout.parts,
-        checked=parallelism == "shard_map",
-        shared_statistics=shared_statistics,
-    )
 
 
 def over_devices(step: Step, parallelism: str, layout: Layout) -> Step:
@@ -39,35 +25,33 @@ def over_devices(step: Step, parallelism: str, layout: Layout) -> Step:
 
 
 def _shard_mapped(step: Step, layout: Layout) -> Step:
-    specs = _state_of(P(), previous_batch=P(DATA))
-    return jax.shard_map(step, mesh=layout.mesh, in_specs=(specs, P(DATA)), out_specs=(specs, P()))
-
-
-def _pmapped(step: Step, layout: Layout) -> Step:
-    axes = _state_of(None, previous_batch=0)
-    mapped = jax.pmap(
-        step,
-        axis_name=DATA,
-        in_axes=(axes, 0),
-        out_axes=(axes, None),
-        devices=layout.mesh.devices.ravel().tolist(),
-    )
-
-    def parted(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.reshape(layout.parts, -1, *x.shape[1:]), tree)
-
-    def whole(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.reshape(math.prod(x.shape[:2]), *x.shape[2:]), tree)
-
     def step_on_whole(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
-        state = state._replace(previous_batch=parted(state.previous_batch))
-        state, loss = mapped(state, parted(batch))
-        return state._replace(previous_batch=whole(state.previous_batch)), loss
+        specs = by_role(state, lambda _: P(DATA), lambda _: P())
+        mapped = jax.shard_map(
+            step, mesh=layout.mesh, in_specs=(specs, P(DATA)), out_specs=(specs, P())
+        )
+        return mapped(state, batch)
 
     return step_on_whole
 
 
-def _state_of(value: Any, previous_batch: Any) -> Any:
-    """`value` for every part of a training state but one."""
-    values: dict[str, Any] = dict.fromkeys(TrainState._fields, value)
-    return TrainState(**values | {"previous_batch": previous_batch})
+def _pmapped(step: Step, layout: Layout) -> Step:
+    def parted(x: jax.Array) -> jax.Array:
+        return x.reshape(layout.parts, -1, *x.shape[1:])
+
+    def whole(x: jax.Array) -> jax.Array:
+        return x.reshape(math.prod(x.shape[:2]), *x.shape[2:])
+
+    def step_on_whole(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
+        axes = by_role(state, lambda _: 0, lambda _: None)
+        mapped = jax.pmap(
+            step,
+            axis_name=DATA,
+            in_axes=(axes, 0),
+            out_axes=(axes, None),
+            devices=layout.mesh.devices.ravel().tolist(),
+        )
+        state, loss = mapped(by_role(state, parted, lambda x: x), jax.tree.map(parted, batch))
+        return by_role(state, whole, lambda x: x), loss
+
+    return step_on_whole

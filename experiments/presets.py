@@ -10,7 +10,8 @@ import dataclasses
 
 from experiments.config import Config
 
-_RECIPE = Config(
+_RECIPE = dataclasses.replace(
+    Config(),
     model="resnet56",
     epochs=200,
     batch_size=128,

@@ -16,10 +16,8 @@ from jax.sharding import PartitionSpec as P
 from experiments import data, evaluation, launches, memory
 from experiments.config import HYPERPARAMETERS, Config
 from experiments.experiment import Experiment
+from experiments.methods import STRUCTURAL
 from experiments.training import TrainState
-
-# These change the program itself: how many samples, how many weights or examples.
-STRUCTURAL = ("num_samples", "sparsity", "update_every", "drop_rate", "beta", "gamma")
 
 _AXIS = "replicas"
 

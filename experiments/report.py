@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 from experiments import files, page, plots
 from experiments.config import Config
+from experiments.methods import PLAIN
 from experiments.results import Comparison
 from experiments.significance import EXACT_SEEDS, LEVEL, Difference, Estimate
-from experiments.table import PLAIN, Row, baseline_of, label_of, rows_of
+from experiments.table import Row, baseline_of, label_of, rows_of
 
 
 class Table(NamedTuple):
@@ -164,7 +165,7 @@ def _table(rows: list[Row]) -> str:
         lines.append(
             f"| {row.method} | {_values(row.best.values, row) if row.best else 'diverged'} | "
             f"{len(best.results)} | {row.epochs} | "
-            f"{row.reported.gradients * row.reported.steps:,} | "
+            f"{round(row.reported.gradients * row.reported.steps):,} | "
             f"{sum(times) / len(times):.3g} ({at_once}) | "
             f"{_estimate(row.best.validation) if row.best else ''} | "
             f"{_estimate(row.test) if row.test else ''} | "

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import command_line, files, results
+from experiments.methods import PLAIN
 from experiments.report import labels_in_words, setting_in_words, task_in_words
 from experiments.results import Comparison
 from experiments.significance import LEVEL, Difference
-from experiments.table import PLAIN, Row, label_of, rows_of
+from experiments.table import Row, label_of, rows_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path("experiments") / "results"

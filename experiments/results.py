@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from experiments import files, runs
-from experiments.config import HYPERPARAMETERS, ArgumentError, Config
+from experiments.config import HYPERPARAMETERS, ArgumentError, Config, Task
 from experiments.sweep import TASK, gradients_of, label_of
 
 FINISHED, DIVERGED = "finished", "diverged"
 _CURVE = ("epoch", "loss", "validation_accuracy", "validation_loss")
 # Runs of one task can be compared; the number of epochs is compared itself.
 _TASK = tuple(name for name in TASK if name not in ("epochs", "data_dir", "workers"))
+# An older version may not have had an option.
+_TASK_DEFAULTS = {
+    field.name: field.default for field in dataclasses.fields(Task) if field.name in _TASK
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Result:
         epochs: how many it was trained for.
         seed: of everything random.
         values: its hyperparameters.
-        gradients: of a batch, that a step takes.
+        gradients: of a batch, that a step takes on average.
         steps: how many.
         status: "finished", or "diverged" if a loss was not finite; then it has no accuracies.
         validation_accuracy: the best epoch's.
@@ -47,7 +51,7 @@ class Result:
     epochs: int
     seed: int
     values: dict[str, float]
-    gradients: int
+    gradients: float
     steps: int
     status: str
     validation_accuracy: float | None
@@ -198,7 +202,7 @@ def _read_comparison(folder: Path) -> Comparison:
     if not results:
         raise ValueError("no run has finished yet")
     origins = about.get("origins", [about | {"finished": len(results)}])
-    return Comparison(about["task"], results, origins)
+    return Comparison(_TASK_DEFAULTS | about["task"], results, origins)
 
 
 def _point(row: dict[str, str]) -> dict[str, float]:
@@ -212,17 +216,23 @@ def _result(row: dict[str, str], curve: list[dict[str, float]]) -> Result:
     return Result(
         method=row["method"],
         status=row["status"],
-        values={name: float(row[name]) for name in HYPERPARAMETERS if row[name]},
+        # An older version may not have had a hyperparameter.
+        values={name: float(row[name]) for name in HYPERPARAMETERS if row.get(name)},
         curve=curve,
+        gradients=_whole_if_it_is(float(row["gradients"])),
         **{
             name: number(name, int)
-            for name in ("epochs", "seed", "gradients", "steps", "checkpoint_epoch", "runs_at_once")
+            for name in ("epochs", "seed", "steps", "checkpoint_epoch", "runs_at_once")
         },
         **{
             name: number(name, float)
             for name in ("validation_accuracy", "test_accuracy", "milliseconds_per_step")
         },
     )
+
+
+def _whole_if_it_is(number: float) -> float:
+    return int(number) if number.is_integer() else number
 
 
 def _read_run(folder: Path) -> Comparison:
@@ -237,11 +247,6 @@ def _read_run(folder: Path) -> Comparison:
     if config.batch_statistics == "per-device":
         raise ValueError("runs with --batch-statistics per-device are another method")
     finished = status == FINISHED
-    values = values_of(config)
-    # The default, an epoch, has no value in a grid.
-    per_epoch = summary.get("steps_per_epoch", summary["steps"] // (config.epochs or 1))
-    if values.get("update_every") == per_epoch:
-        del values["update_every"]
     rows = files.read_csv(folder / "metrics.csv")
     speeds = [float(row["examples_per_second"]) for row in rows]
     seconds = sum(1 / speed for speed in speeds) / max(len(speeds), 1) * (config.batch_size or 0)
@@ -249,8 +254,8 @@ def _read_run(folder: Path) -> Comparison:
         method=label_of(config.method, config.perturbation),
         epochs=config.epochs or 0,
         seed=config.seed,
-        values=values,
-        gradients=gradients_of(config),
+        values=values_of(config),
+        gradients=gradients_of(config, summary["steps_per_epoch"] * (config.epochs or 0)),
         steps=summary["steps"],
         status=FINISHED if finished else DIVERGED,
         validation_accuracy=summary["validation_accuracy"] if finished else None,

@@ -3,18 +3,25 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from experiments import methods
-from experiments.config import HYPERPARAMETERS, ArgumentError, Config, Hyperparameters, Task
-from experiments.replicas import STRUCTURAL
+from experiments.config import (
+    HYPERPARAMETERS,
+    OF_PERTURBATIONS,
+    ArgumentError,
+    Config,
+    SeveralHyperparameters,
+    Task,
+)
+from experiments.methods import METHODS, STRUCTURAL
 
 TASK = tuple(field.name for field in dataclasses.fields(Task))
 
 
 @dataclasses.dataclass(frozen=True)
-class Sweep(Hyperparameters[tuple[float, ...], tuple[int, ...]], Task):
+class Sweep(SeveralHyperparameters, Task):
     """Every method with every value of its own hyperparameters, from every seed."""
 
     methods: tuple[str, ...] = ("sgd", "sam", "bisam-log", "bisam-tanh")
@@ -53,12 +60,18 @@ class Sweep(Hyperparameters[tuple[float, ...], tuple[int, ...]], Task):
         self.configs()  # which refuses impossible values
 
     def configs(self) -> list[Config]:
-        """All runs, resolved; those that can share a program are neighbours."""
-        runs = [run for name in self.methods for run in self._runs_of(name)]
-        plain = [run for run in runs if run.method == "sgd"] if self.equal_gradients else []
-        for multiple in sorted({gradients_of(run) for run in runs} - {1}):
-            runs += [dataclasses.replace(run, epochs=(run.epochs or 0) * multiple) for run in plain]
-        return runs
+        """All runs that are asked for, resolved; those that can share a program are neighbours."""
+        return [run for name in self.methods for run in self._runs_of(name)]
+
+    def longer_plain(self, runs: Sequence[Config], steps_per_epoch: int) -> list[Config]:
+        """Plain training for as many epochs as take the gradients of each of `runs`."""
+        plain = [run for run in runs if METHODS[run.method].is_plain]
+        if not (plain and self.equal_gradients):
+            return []
+        epochs = plain[0].epochs or 0
+        multiples = {gradients_of(run, steps_per_epoch * epochs) for run in runs}
+        longer = sorted({round(epochs * multiple) for multiple in multiples} - {epochs})
+        return [dataclasses.replace(run, epochs=epochs) for epochs in longer for run in plain]
 
     def _runs_of(self, name: str) -> list[Config]:
         swept = {known: getattr(self, known) for known in self._names_of(name)}
@@ -74,14 +87,14 @@ class Sweep(Hyperparameters[tuple[float, ...], tuple[int, ...]], Task):
 
     def _names_of(self, name: str) -> list[str]:
         """The hyperparameters of a method."""
-        config = self._config(name, 0, {}).with_epochs_of(1)
+        config = self._config(name, 0, {})
         return [known for known in HYPERPARAMETERS if getattr(config, known) is not None]
 
     def _config(self, name: str, seed: int, values: dict[str, Any]) -> Config:
         method, perturbation = method_of(name)
         task: dict[str, Any] = {known: getattr(self, known) for known in TASK}
-        if method == "sgd":
-            task["group_size"] = None  # nothing is perturbed
+        if METHODS[method].is_plain:
+            task |= OF_PERTURBATIONS
         return Config(
             **task, **values, method=method, perturbation=perturbation, seed=seed, devices=1
         ).resolved()
@@ -94,11 +107,11 @@ def method_of(name: str) -> tuple[Any, Any]:
         ArgumentError: if there is no such method.
     """
     method, _, perturbation = name.partition("+")
-    fixed = method == "sgd" or methods.perturbation_of(method) is not None
-    known = method in methods.DEFAULTS and (not perturbation or not fixed)
-    if not known or perturbation not in ("", "log", "tanh"):
+    spec = METHODS.get(method)
+    fixed = spec is not None and (spec.is_plain or spec.ascends is not None)
+    if spec is None or (perturbation and fixed) or perturbation not in ("", "log", "tanh"):
         raise ArgumentError(
-            f"--methods has no {name!r}: use {', '.join(methods.DEFAULTS)}, and METHOD+log or "
+            f"--methods has no {name!r}: use {', '.join(METHODS)}, and METHOD+log or "
             "METHOD+tanh for what is not sgd or bisam-*"
         )
     return method, perturbation or None
@@ -106,14 +119,20 @@ def method_of(name: str) -> tuple[Any, Any]:
 
 def label_of(method: str, perturbation: str | None) -> str:
     """The name of a method with its ascended loss; two names of one method have one label."""
-    if perturbation in (None, "ce") or methods.perturbation_of(method) is not None:
+    if perturbation in (None, "ce") or METHODS[method].ascends is not None:
         return method
-    return f"bisam-{perturbation}" if method == "sam" else f"{method}+{perturbation}"
+    for name, spec in METHODS.items():
+        if (spec.is_case_of, spec.ascends) == (method, perturbation):
+            return name
+    return f"{method}+{perturbation}"
 
 
-def gradients_of(run: Config) -> int:
-    """The gradients that a step of a run takes."""
-    return methods.gradients(run.method, run.perturbation or "ce", run.num_samples)
+def gradients_of(run: Config, steps: int) -> float:
+    """The gradients per step of a resolved run, on average over its `steps`."""
+    values = {name: getattr(run, name) for name in HYPERPARAMETERS}
+    gradients = methods.gradients(run.method, run.perturbation or "ce", values)
+    perturbed = len(range(run.start_step, steps, run.every))
+    return gradients if perturbed == steps else 1 + (gradients - 1) * perturbed / steps
 
 
 def _check_once(option: str, values: Iterable[Any]) -> None:

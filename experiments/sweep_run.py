@@ -21,7 +21,8 @@ from experiments.checkpoints import Checkpoints
 from experiments.config import Config
 from experiments.experiment import Experiment, load
 from experiments.interruption import Interruption
-from experiments.replicas import STRUCTURAL, Labels, Replicas
+from experiments.methods import STRUCTURAL
+from experiments.replicas import Labels, Replicas
 from experiments.results import DIVERGED, FINISHED, Comparison, Result
 from experiments.run import NonFiniteLossError
 from experiments.sweep import gradients_of, label_of
@@ -31,10 +32,11 @@ SECONDS_TO_TIME_RUNS_ALONE = 20
 
 
 class Examples(NamedTuple):
-    """The data set of a seed, and each seed's labels if it is in memory."""
+    """The data set of a seed, each seed's labels if it is in memory, and a run's steps."""
 
     dataset: data.Dataset
     labels: dict[int, Labels]
+    steps_per_epoch: int
 
 
 def examples_of(runs: Sequence[Config]) -> Examples:
@@ -45,7 +47,7 @@ def examples_of(runs: Sequence[Config]) -> Examples:
         DatasetError: if the data set is not there.
     """
     dataset = load(runs[0])
-    Experiment(runs[0], dataset)
+    experiment = Experiment(runs[0], dataset)
     labels: dict[int, Labels] = {}
     for seed, run in {run.seed: run for run in runs}.items():
         noisy = run.label_noise > 0 and seed != runs[0].seed
@@ -53,7 +55,7 @@ def examples_of(runs: Sequence[Config]) -> Examples:
         if isinstance(train, data.Stream) or isinstance(validation, data.Stream):
             break
         labels[seed] = Labels(train.labels, validation.labels)
-    return Examples(dataset, labels)
+    return Examples(dataset, labels, experiment.steps_per_epoch)
 
 
 class Speed(NamedTuple):
@@ -104,7 +106,7 @@ class SweepRun:
         # Whole groups: a part of one that was stopped is found again if all parts are as before.
         groups = [list(group) for _, group in itertools.groupby(runs, _program_of)]
         self._groups = [group for group in groups if self._missing.intersection(group)]
-        self._dataset, self._labels = examples
+        self._dataset, self._labels, _ = examples
         self._restored = False
 
     def train(self) -> Speed | None:
@@ -244,9 +246,9 @@ def _result(
     milliseconds_per_step: float,
     runs_at_once: int,
 ) -> Result:
-    """Of a run's history, float64[epochs, 3]; it is empty where the run ended as it diverged."""
+    """Of a run's history, float64[epochs, 3]."""
     accuracies = curve[:, 1]
-    finished = len(curve) > 0 and bool(np.isfinite(curve).all())
+    finished = bool(np.isfinite(curve).all())
     # Among equals the last.
     best = len(accuracies) - 1 - int(np.argmax(accuracies[::-1])) if finished else -1
     names = ("loss", "validation_accuracy", "validation_loss")
@@ -255,7 +257,7 @@ def _result(
         epochs=run.epochs or 0,
         seed=run.seed,
         values=results.values_of(run),
-        gradients=gradients_of(run),
+        gradients=gradients_of(run, steps),
         steps=steps,
         status=FINISHED if finished else DIVERGED,
         validation_accuracy=float(accuracies[best]) if finished else None,
@@ -278,14 +280,12 @@ def _trained_alone(run: Config, folder: Path) -> Result:
     # The cores of a CPU are not devices that share a batch.
     devices = 1 if jax.default_backend() == "cpu" else None
     config = dataclasses.replace(run, output=output, devices=devices)
-    try:
+    with contextlib.suppress(NonFiniteLossError):
         summary = train.train(
             train.load_config(output) if there else config, output if there else None
         )
-    except NonFiniteLossError:
-        return _result(run, 0, np.zeros((0, 3)), np.nan, np.nan, 1)
-    if summary["status"] != "finished":
-        raise KeyboardInterrupt
+        if summary["status"] != "finished":
+            raise KeyboardInterrupt
     (comparison,) = results.read(output)
     (result,) = comparison.results
     return dataclasses.replace(result, values=results.values_of(run))

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 from experiments import significance
 from experiments.config import ArgumentError
+from experiments.methods import PLAIN
 from experiments.results import Comparison, Result
 from experiments.significance import Candidate, Difference, Estimate
-
-PLAIN = "sgd"
 
 
 @dataclasses.dataclass
@@ -88,7 +87,7 @@ def rows_of(comparison: Comparison, baseline: str | None = None) -> list[Row]:
     for row in rows.values():
         row.same_epochs = _difference(row, rows.get((baseline, row.epochs)))
         if row.reported.gradients > 1:
-            plain = rows.get((PLAIN, row.epochs * row.reported.gradients))
+            plain = rows.get((PLAIN, round(row.epochs * row.reported.gradients)))
             row.same_gradients = _difference(row, plain)
     _correct(list(rows.values()))
     order = sorted(rows.values(), key=lambda row: row.test.mean if row.test else -math.inf)

@@ -9,7 +9,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 def test_benchmark(tmp_path, capsys, monkeypatch):
     few = ("sgd", "sam", "gsam", "bilateral", "friendly")
-    monkeypatch.setattr(methods, "DEFAULTS", {name: methods.DEFAULTS[name] for name in few})
+    monkeypatch.setattr(methods, "METHODS", {name: methods.METHODS[name] for name in few})
     output = tmp_path / "benchmark.json"
     benchmark.main(
         ["--steps", "4", "--batch-size", "64", "--network", "mlp", "--output", str(output)]

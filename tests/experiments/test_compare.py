@@ -234,6 +234,7 @@ def test_results_are_merged(finished, tmp_path, capsys):
         (["--baseline", "asam"], "--baseline must be one of"),
         (["--batch-size", "5000"], "--batch-size must be at most the 1257"),
         (["--first-seed", "-1"], "--first-seed must be at least 0"),
+        (["--methods", "sgd", "sampa", "--start-step", "20"], "--start-step cannot be used with"),
         (["--from"], "--from must name at least one folder"),
         (["--from", "missing"], "missing cannot be read as results"),
         (["--from", "missing", "--rho", "0.1"], "--from takes no option but"),
@@ -277,7 +278,7 @@ def test_runs_of_training_that_diverged_or_are_another_method(tmp_path, capsys):
     text = (output / "report.md").read_text()
     (told,) = re.findall(r"sparse-dynamic with (.*): 1 of 1 runs diverged", text)
     assert "learning_rate 1e+30" in told
-    assert "update_every" not in told
+    assert "update_every 1" in told
     own = {"devices": 8, "parallelism": "shard_map", "batch_statistics": "per-device"}
     train.train(Config(**task | own, output=tmp_path / "own"))
     status, _, err = run(capsys, "--from", tmp_path / "own", "--output", tmp_path / "none")

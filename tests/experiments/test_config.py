@@ -1,11 +1,16 @@
 """What a configuration becomes."""
 
+import dataclasses
+import inspect
 import json
+import math
+import re
+import typing
 from pathlib import Path
 
 import pytest
 
-from experiments import train
+from experiments import methods, train
 from experiments.config import ArgumentError, Config
 from experiments.presets import PRESETS
 
@@ -31,13 +36,81 @@ def test_what_is_given_wins_over_every_default():
     assert {name: getattr(config, name) for name in given} == given
 
 
-def test_intervals_are_an_epoch():
-    config = resolved(method="sparse-fisher", dataset="cifar10")
-    assert config.update_every is None
-    config = config.with_epochs_of(351)
-    assert (config.update_every, config.checkpoint_every) == (351, 351)
-    assert resolved(method="sparse-fisher", update_every=5).with_epochs_of(39).update_every == 5
-    assert resolved(method="sam", update_every=5).with_epochs_of(39).update_every is None
+def test_checkpoints_are_an_epoch_apart():
+    assert resolved(dataset="cifar10").with_epochs_of(351).checkpoint_every == 351
+    assert resolved().with_epochs_of(39).checkpoint_every == 390
+    assert resolved(checkpoint_every=5).with_epochs_of(39).checkpoint_every == 5
+
+
+def test_an_interval_is_the_methods():
+    assert resolved(method="sparse-fisher").update_every == 1
+    assert resolved(method="sparse-fisher", update_every=5).update_every == 5
+    assert resolved(method="sam", update_every=5).update_every is None
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_defaults_are_the_librarys(name):
+    spec, config = methods.METHODS[name], resolved(method=name)
+    parameters = inspect.signature(spec.factory).parameters
+    own = {option for option in spec.defaults if getattr(config, option) is not None}
+    assert own == set(spec.options)
+    for option, argument in spec.options.items():
+        assert getattr(config, option) == parameters[argument].default
+        assert getattr(config, option) in methods.HYPERPARAMETERS[option].range
+    elsewhere = {*methods.PERTURBATIONS[config.perturbation], *methods.BASE_OPTIMIZERS["sgd"]}
+    for option in set(methods.HYPERPARAMETERS) - own - elsewhere:
+        assert getattr(config, option) is None
+    if spec.is_case_of is not None:
+        assert methods.METHODS[spec.is_case_of].options == spec.options
+
+
+def test_every_hyperparameter_is_an_option_with_its_range_and_help(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    out = " ".join(re.sub("[│─╭╮╰╯]", " ", capsys.readouterr().out).split())
+    types = {field.name: field.type for field in dataclasses.fields(Config)}
+    for name, known in methods.HYPERPARAMETERS.items():
+        option, number = f"--{name.replace('_', '-')}", int if known.is_count else float
+        assert f"{option} {{None}}|{number.__name__.upper()} {methods.help_of(name)}" in out
+        assert typing.get_args(types[name])[0] == number | None
+        for bound in (known.range.minimum - 1, known.range.maximum + 1):
+            if abs(bound) < math.inf:
+                with pytest.raises(ArgumentError, match=f"{option} must be finite"):
+                    Config(**{name: bound})
+    assert methods.help_of("rho") == "Radius of the perturbation (default 0.05; asam 0.5)."
+    assert methods.help_of("gamma").startswith("efficient: share of the examples to descend on")
+
+
+@pytest.mark.parametrize(
+    ("range_", "inside", "outside"),
+    [
+        (methods.Range(0, 1), (0, 0.5, 1), (-0.1, 1.1)),
+        (methods.Range(0, 1, above=True), (0.5, 1), (0, 1.1)),
+        (methods.Range(0, 1, below=True), (0, 0.5), (-0.1, 1)),
+        (methods.Range(1), (1, 1e9), (0.9,)),
+    ],
+)
+def test_ranges(range_, inside, outside):
+    assert all(value in range_ for value in inside)
+    assert not any(value in range_ for value in outside)
+
+
+def test_options_of_a_perturbation():
+    message = "cannot be used with --method sampa, which contains the base optimizer"
+    for option, values in (
+        ("--group-size", {"group_size": 8}),
+        ("--start-step", {"start_step": 20}),
+        ("--every", {"every": 2}),
+    ):
+        with pytest.raises(ArgumentError, match=f"{option} {message}"):
+            resolved(method="sampa", **values)
+        with pytest.raises(ArgumentError, match=f"{option} has no meaning for --method sgd"):
+            resolved(method="sgd", **values)
+        resolved(method="look", **values)
+    for method in methods.METHODS:
+        assert resolved(method=method, microbatch_size=8).microbatch_size == 8
+    with pytest.raises(ArgumentError, match="--gamma leaves less than 2 examples of --group-size"):
+        resolved(method="efficient", group_size=2)
 
 
 def test_bad_values_name_the_argument():

@@ -21,7 +21,6 @@ class Seen(NamedTuple):
     step: Any
     key: Any
     params: Any
-    previous_batch: Any = None
 
 
 def start(seed=0):

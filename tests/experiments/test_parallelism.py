@@ -63,7 +63,7 @@ def all_reduces(program):
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("method", methods.DEFAULTS)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_eight_devices(method, way):
     check({"method": method, **few(method)}, devices=8, parallelism=way)
 
@@ -71,7 +71,7 @@ def test_eight_devices(method, way):
 @pytest.mark.parametrize(
     ("method", "way"),
     [
-        *zip(methods.DEFAULTS, itertools.cycle(WAYS), strict=False),
+        *zip(methods.METHODS, itertools.cycle(WAYS), strict=False),
         *itertools.product(["bisam-tanh"], WAYS),
     ],
 )
@@ -113,6 +113,18 @@ def test_groups_that_are_larger_than_a_device():
 @pytest.mark.parametrize("way", WAYS)
 def test_microbatches(way):
     check({"method": "bisam-log", "microbatch_size": 16}, devices=8, parallelism=way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("method", ["efficient", "sampa"])
+def test_microbatches_of_what_takes_more_than_gradients(method, way):
+    check({"method": method, "microbatch_size": 16}, devices=8, parallelism=way)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_late_start(way):
+    options = {"method": "gsam", "perturbation": "log", "start_step": 1, "every": 2}
+    check(options, devices=8, parallelism=way)
 
 
 @pytest.mark.usefixtures("small_vit")
@@ -229,6 +241,14 @@ def test_evaluation_on_eight_devices():
         (
             {"batch_statistics": "per-device", "parallelism": "pmap", "batch_size": 8},
             "--batch-statistics per-device needs 2 examples on each of 8",
+        ),
+        (
+            {"method": "efficient", "gamma": 0.25, "parallelism": "shard_map"},
+            "--method efficient needs 2 examples on each of 8 devices at a time",
+        ),
+        (
+            {"method": "sparse-fisher", "batch_size": 8, "parallelism": "pmap"},
+            "--method sparse-fisher needs 2 examples on each of 8 devices at a time",
         ),
         (
             {"batch_statistics": "per-device", "parallelism": "pmap", "group_size": 4},

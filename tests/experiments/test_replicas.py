@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import capacity, memory, methods, replicas
+from experiments import capacity, memory, methods
 from experiments.config import ArgumentError, Config
 from experiments.experiment import Experiment, load
 from experiments.launches import run
@@ -72,7 +72,7 @@ def check(runs, curves, tests):
         assert test == expected_test
 
 
-@pytest.mark.parametrize("method", methods.DEFAULTS)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_two_replicas_are_the_two_runs_alone(method):
     few = {"sparse": {"update_every": 2}, "tilted": {"num_samples": 2}}.get(method[:6], {})
     runs = configs(method=method, **few)
@@ -88,12 +88,22 @@ def test_two_replicas_are_the_two_runs_alone(method):
         {"method": "gsam", "perturbation": "tanh", "base": "adamw"},
         {"method": "sam", "group_size": 8, "crop_padding": 1, "cutout": 0.5},
         {"method": "bisam-log", "microbatch_size": 16, "flip": True},
+        {"method": "gsam", "start_step": 2, "every": 3},
     ],
-    ids=["adamw", "groups", "microbatches"],
+    ids=["adamw", "groups", "microbatches", "now and then"],
 )
 def test_whatever_is_trained(options):
     runs = configs(**options)
     check(runs[1:], *together(runs))
+
+
+def test_a_step_that_is_plain_costs_one_gradient_among_replicas_too():
+    programs = []
+    for options in ({}, {"start_step": 2}):
+        experiment = Experiment(configs(method="sam", **options)[0])
+        programs.append(Replicas(experiment, 2)._launch.as_text())
+    always, late = (program.count(" conditional(") for program in programs)
+    assert (always, late) == (0, 1)
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
@@ -121,14 +131,16 @@ def test_every_hyperparameter_that_can_be_traced_is():
     changed = {
         "rho": 0.3, "mu": 4.0, "alpha": 0.4, "eta": 0.5, "gsam_alpha": 0.9, "rho_min": 0.3,
         "tilt": 30.0, "noise_radius": 0.1, "noise_scale": 0.001, "interpolation": 0.8,
-        "sigma": 0.2, "decay": 0.2, "learning_rate": 0.02, "momentum": 0.5, "weight_decay": 0.2,
+        "sigma": 0.2, "decay": 0.2, "look_alpha": 0.1, "sharpness_weight": 0.2,
+        "learning_rate": 0.02, "momentum": 0.5, "weight_decay": 0.2,
     }  # fmt: skip
     of_methods = {
         "eta": "asam", "gsam_alpha": "gsam", "rho_min": "bilateral", "tilt": "tilted",
         "noise_radius": "tilted", "noise_scale": "tilted", "interpolation": "sampa",
-        "sigma": "friendly", "decay": "friendly",
+        "sigma": "friendly", "decay": "friendly", "look_alpha": "look",
+        "sharpness_weight": "weighted",
     }  # fmt: skip
-    names = set(replicas.HYPERPARAMETERS) - set(replicas.STRUCTURAL)
+    names = set(methods.HYPERPARAMETERS) - set(methods.STRUCTURAL)
     assert names == set(changed)
     for method in {"bisam-tanh", *of_methods.values()}:
         mine = [n for n in changed if of_methods.get(n, "bisam-tanh") == method]

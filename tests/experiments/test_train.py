@@ -204,7 +204,12 @@ def test_same_seed_same_run(tmp_path, capsys):
         (["--model", "vgg19_bn"], "--model vgg19_bn: "),
         (["--group-size", "3"], "--group-size must divide --batch-size, got 3 and 32"),
         (["--group-size", "8", "--method", "sgd"], "--group-size has no meaning for --method sgd"),
-        (["--microbatch-size", "8", "--method", "sampa"], "cannot be used with --method sampa"),
+        (["--group-size", "8", "--method", "sampa"], "cannot be used with --method sampa"),
+        (["--start-step", "9", "--method", "sampa"], "contains the base optimizer"),
+        (["--start-step", "9", "--method", "sgd"], "--start-step has no meaning for --method sgd"),
+        (["--start-step", "-1"], "--start-step must be finite, at least 0, got -1"),
+        (["--every", "0"], "--every must be finite, at least 1, got 0"),
+        (["--sharpness-weight", "1"], "must be finite, at least 0 and less than 1, got 1.0"),
         (
             ["--group-size", "8", "--microbatch-size", "4"],
             "--microbatch-size must be a multiple of --group-size, got 4 and 8",
@@ -316,6 +321,8 @@ def test_every_way_to_train_is_another():
         "subset": {"train_examples": 300},
         "gsam": mixed,
         "gsam, in parts": mixed | {"microbatch_size": 16},
+        "gsam, later": mixed | {"start_step": 20},
+        "gsam, now and then": mixed | {"every": 2},
         "vit": vit,
         "vit, in parts": vit | {"microbatch_size": 8},
     }
