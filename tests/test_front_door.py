@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import export
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -352,7 +353,7 @@ def test_bfloat16(name):
 @each
 def test_export(name):
     step, platforms = jax.jit(made(name)), ["tpu", "cuda", "rocm"]
-    exported = jax.export.export(step, platforms=platforms)(PARAMS, start(name), BATCH)
+    exported = export.export(step, platforms=platforms)(PARAMS, start(name), BATCH)
     assert exported.platforms == ("tpu", "cuda", "rocm")
 
 

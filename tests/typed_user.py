@@ -28,7 +28,7 @@ def loss_of_logits(logits: Array, batch: tuple) -> Array:
 def use(params: dict[str, Array], batch: tuple) -> Array:
     tx = optax.chain(bisam(0.1), optax.sgd(0.1))
     step = value_and_grad(tx, loss_fn, loss_fn)
-    value, updates, state = jax.jit(step)(params, tx.init(params), batch)
+    value, _updates, state = jax.jit(step)(params, tx.init(params), batch)
     value, _updates, state = step(params, state, batch)
     late = value_and_grad(bisam(0.1), with_aux, with_aux, has_aux=True, when=lambda i: i > 3)
     (late_value, logits), _grads, _ = late(params, bisam(0.1).init(params), batch, step=3)
