@@ -136,7 +136,9 @@ FAMILY = {
 
 
 @pytest.mark.parametrize(
-    ("make", "q"), [(bisam, perturbation_loss_fn), (sam, None), (gsam, None)], ids=str
+    ("make", "q"),
+    [(bisam, perturbation_loss_fn), (sam, None), (gsam, None)],
+    ids=["bisam", "sam", "gsam"],
 )
 @pytest.mark.parametrize(("step", "gradients"), [(2, 1.00), (3, 2.00)])
 def test_when_costs_one_gradient_or_two(make, q, step, gradients):
