@@ -41,20 +41,21 @@ class BatchLoss:
         name: of the argument, for messages.
         fn: returns a scalar mean or one loss per example; with `has_aux` a pair of it and aux.
         has_aux: see :func:`bisam_jax.value_and_grad`.
+        is_clean: whether it makes clean passes; otherwise it may leave out aux.
     """
 
-    def __init__(self, name: str, fn: BatchLossFn, has_aux: bool) -> None:
+    def __init__(self, name: str, fn: BatchLossFn, has_aux: bool, is_clean: bool = True) -> None:
         if not callable(fn):
             raise TypeError(f"{name} must be a function of (params, batch), got {fn!r}.")
-        self.name, self.fn, self._has_aux = name, fn, has_aux
+        self.name, self.fn, self._has_aux, self._is_clean = name, fn, has_aux, is_clean
 
     def with_parts(self, params: Any, batch: Batch) -> tuple[jax.Array, Parts]:
         """The mean, and what it was made of."""
         out, aux = self.fn(params, batch), None
-        if self._has_aux:
-            if not (isinstance(out, tuple) and len(out) == 2):
-                raise TypeError(f"with has_aux=True, {self.name} must return (loss, aux).")
+        if self._has_aux and isinstance(out, tuple) and len(out) == 2:
             out, aux = out
+        elif self._has_aux and self._is_clean:
+            raise TypeError(f"with has_aux=True, {self.name} must return (loss, aux).")
         if not is_floating_array(out) or jnp.ndim(out) > 1 or _misses_examples(out, batch):
             raise TypeError(
                 f"{self.name} must return one real floating scalar, or one loss per example of the "

@@ -3,9 +3,11 @@
 `optax.chain` has a plain tuple of states, and the methods of this package have states of their own.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 
 from bisam_jax._sampa import SampaState
 
@@ -57,8 +59,23 @@ def check_gives_gradients(state: Any, argument: str) -> None:
         )
 
 
-def _has_method(state: Any) -> bool:
-    def is_ours(node: Any) -> bool:
-        return type(node).__module__.split(".")[0] == __package__
+def check_not_conditional(state: Any) -> None:
+    """Raises if steps are skipped by optax: it would pass on the gradient of L, which is not there.
 
-    return any(map(is_ours, jax.tree.leaves(state, is_leaf=is_ours)))
+    Raises:
+        ValueError: names `when`.
+    """
+    if _has(lambda node: isinstance(node, optax.ConditionallyTransformState), state):
+        raise ValueError(
+            "optax.conditionally_transform passes on the gradient of the loss where it skips a "
+            "step, and a clean pass of perturbation_loss_fn has none: pass the method itself, and "
+            "when= to value_and_grad."
+        )
+
+
+def _has_method(state: Any) -> bool:
+    return _has(lambda node: type(node).__module__.split(".")[0] == __package__, state)
+
+
+def _has(condition: Callable[[Any], bool], state: Any) -> bool:
+    return any(map(condition, jax.tree.leaves(state, is_leaf=condition)))

@@ -17,6 +17,7 @@ from bisam_jax._checks import (
     check_scalar,
     check_scalar_loss,
     check_transformation,
+    shapes_of,
 )
 from bisam_jax._trees import fill_with_zeros, float_part, perturb
 from bisam_jax._two_halves import on_two_halves
@@ -245,7 +246,7 @@ def _checked_batch(batch: Any, previous: Any) -> Any:
     """The batch as arrays of the types that the state has room for."""
     if batch is None:
         raise ValueError("batch is missing: call update(None, state, params, batch=batch, ...).")
-    got, expected = (jax.tree.map(lambda x: f"{jnp.shape(x)}", tree) for tree in (batch, previous))
+    got, expected = shapes_of(batch), shapes_of(previous)
     if got != expected:
         raise ValueError(
             f"batch must be like the batch_like that sampa was made with, {expected}, got {got}."

@@ -6,7 +6,7 @@ import jax
 import optax
 
 from bisam_jax._batches import Batch, BatchLoss, BatchLossFn, check_not_explicit, check_splits
-from bisam_jax._chains import check_gives_gradients, check_is_first
+from bisam_jax._chains import check_gives_gradients, check_is_first, check_not_conditional
 from bisam_jax._checks import MissingArgumentError, check_transformation
 from bisam_jax._devices import OneDevice, OneOfMany, check_axis
 from bisam_jax._passes import Passes
@@ -101,7 +101,8 @@ def value_and_grad(
             floating[batch], or their mean, a scalar. With losses per example every method works;
             with a scalar, one that looks at single examples raises.
         perturbation_loss_fn: the loss to ascend, likewise; by default the loss itself.
-        has_aux: whether both functions return ``(loss, aux)``.
+        has_aux: whether the functions return ``(loss, aux)``. What makes no clean pass (the loss,
+            beside a perturbation loss and without ``when``) may leave out aux.
         when: ``when(step)`` says whether to take the step of ``tx`` (a late start, or every k-th
             step). Where it is false, the step returns the gradient of the loss at ``params``, with
             value and aux of that pass and the state unchanged, at the cost of one gradient. The
@@ -131,8 +132,9 @@ def value_and_grad(
         ValueError: if ``axis_name`` is not mapped over; if a size is not a positive integer, or
             does not divide the batch (or the other size); if an array of the batch has no axis of
             examples; if ``tx`` lacks what it needs; if a method is not the first in its chain; if
-            ``tx`` contains the base optimizer and there is ``group_size`` or ``when``; if ``step``
-            is missing.
+            ``tx`` contains the base optimizer and there is ``group_size`` or ``when``; if it is
+            an ``optax.conditionally_transform`` and there is a perturbation loss; if ``step`` is
+            missing.
         TypeError: if ``tx`` is no transformation, a loss function does not return what it should,
             or an aux leaf can neither be joined nor averaged.
 
@@ -164,7 +166,8 @@ def value_and_grad(
     """
     check_transformation("tx", tx)
     _check_options(when, group_size, microbatch_size, axis_name)
-    descended = BatchLoss("loss_fn", loss_fn, has_aux)
+    is_clean = perturbation_loss_fn is None or when is not None
+    descended = BatchLoss("loss_fn", loss_fn, has_aux, is_clean)
     ascended = None
     if perturbation_loss_fn is not None:
         ascended = BatchLoss("perturbation_loss_fn", perturbation_loss_fn, has_aux)
@@ -183,7 +186,7 @@ def value_and_grad(
         params: Any, state: Any, batch: Batch, *, step: Any = None, **extra_args: Any
     ) -> tuple:
         _check_call(extra_args, when, step)
-        _check_state(state, when, group_size)
+        _check_state(state, ascended is not None, when, group_size)
         _check_batch(batch, group_size, microbatch_size, axis_name)
         if step is not None:
             extra_args["step"] = step
@@ -213,8 +216,10 @@ def _check_options(
         )
 
 
-def _check_state(state: Any, when: Any, group_size: int | None) -> None:
+def _check_state(state: Any, has_q: bool, when: Any, group_size: int | None) -> None:
     check_is_first(state)
+    if has_q:
+        check_not_conditional(state)
     for name, option in (("group_size", group_size), ("when", when)):
         if option is not None:
             check_gives_gradients(state, name)

@@ -309,7 +309,7 @@ def test_conditionally_transform(name):
     state = tx.init(PARAMS)
     if method.needs_q:
         # The door hands a method with Q no gradient of L: `when` does, at the cost of one.
-        with pytest.raises(TypeError, match="cond branch outputs"):
+        with pytest.raises(ValueError, match="pass the method itself, and when= to"):
             value_and_grad(tx, losses_of_batch, q_of(method))(PARAMS, state, BATCH)
         return
     step = quick_jit(value_and_grad(tx, losses_of_batch))

@@ -69,6 +69,10 @@ def test_aux_is_that_of_the_clean_pass():
     chex.assert_trees_all_close(aux["logits"], mlp_logits(PARAMS, BATCH["x"]), **CLOSE)
     expected = by_hand(BISAM, BATCH)
     chex.assert_trees_all_close((value, grads), expected[:2], **CLOSE)
+    # What makes no clean pass may leave it out.
+    without = loss_of_batch, with_aux(perturbation_loss_of_batch)
+    again = result_of(*without, has_aux=True, tx=BISAM)
+    chex.assert_trees_all_close(again[:2], ((value, aux), grads), **CLOSE)
 
 
 def test_each_function_is_called_once():
