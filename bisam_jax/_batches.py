@@ -51,7 +51,8 @@ class BatchLoss:
 
     def with_parts(self, params: Any, batch: Batch) -> tuple[jax.Array, Parts]:
         """The mean, and what it was made of."""
-        out, aux = self.fn(params, batch), None
+        aux: Any = None
+        out: Any = self.fn(params, batch)
         if self._has_aux and isinstance(out, tuple) and len(out) == 2:
             out, aux = out
         elif self._has_aux and self._is_clean:
@@ -109,9 +110,9 @@ def check_splits(batch: Batch, **sizes: int | None) -> None:
         place = f"batch{jax.tree_util.keystr(path)}"
         if jnp.ndim(leaf) == 0:
             raise ValueError(
-                f"{place} is a scalar, but groups and microbatches split every array of the batch "
-                "along its first axis: give it one entry per example, or let the loss function "
-                "close over it."
+                f"{place} is a scalar, but groups, microbatches and methods that look at single "
+                "examples split every array of the batch along its first axis: give it one entry "
+                "per example, or let the loss function close over it."
             )
         lengths[place] = jnp.shape(leaf)[0]
     if len(set(lengths.values())) != 1:
@@ -134,7 +135,7 @@ def check_not_explicit(batch: Batch) -> None:
     """
     for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
         sharding = jax.typeof(jnp.asarray(leaf)).sharding
-        if sharding.mesh.are_all_axes_explicit and any(sharding.spec[:1]):
+        if any(sharding.spec[:1]):
             raise ValueError(
                 f"microbatch_size cannot split batch{jax.tree_util.keystr(path)}, whose examples "
                 f"lie over the explicit mesh axis {sharding.spec[0]!r}: make the mesh with "

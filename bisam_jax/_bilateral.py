@@ -69,8 +69,8 @@ def bilateral_sam(
         step. As published it steps from :math:`w - \rho_{\min} u`: the paper steps from :math:`w`,
         and so does this.
     """
-    uphill = l2_ball_unless(perturbation, rho_max)
-    downhill = l2_ball_unless(perturbation, rho_min)
+    uphill = l2_ball_unless(perturbation, rho_max, "rho_max")
+    downhill = l2_ball_unless(perturbation, rho_min, "rho_min")
 
     def init_fn(params: optax.Params) -> BilateralState:
         return BilateralState(uphill.init(params), downhill.init(params))

@@ -18,7 +18,7 @@ from bisam_jax._checks import (
     check_same_structure,
     check_scalar_loss,
 )
-from bisam_jax._trees import float_part, for_base_optimizer, merge
+from bisam_jax._trees import float_part, for_base_optimizer, merge, perturb
 
 # Any, not optax.Params: a user's function may say `params: dict[str, Array]`.
 LossFn = Callable[[Any], Any]
@@ -83,9 +83,11 @@ class TwoLosses:
     ) -> None:
         if (loss_fn is None) == (grad_fn is None):
             got = "neither" if loss_fn is None else "both"
-            raise ValueError(
+            raise MissingArgumentError(
                 "exactly one of loss_fn (params -> scalar) and grad_fn (params -> gradients) is "
-                f"needed, got {got}: call update(grads, state, params, loss_fn=...)."
+                f"needed, got {got}",
+                "call update(grads, state, params, loss_fn=...)",
+                "tx must hand extra arguments on, as GradientTransformationExtraArgs of optax do",
             )
         if perturbation_loss_fn is not None and perturbation_grads is not None:
             raise ValueError(
@@ -134,7 +136,7 @@ class TwoLosses:
         return float_part(gradient_of("perturbation_loss_fn", self._q)(self._params))
 
     def ascent_gradient_at(self, point: optax.Params) -> optax.Updates:
-        """The same at a point, which only functions can tell.
+        """The gradient of what is ascended, at any point.
 
         Raises:
             MissingArgumentError: if Q was given by its gradient at the parameters.
@@ -156,9 +158,11 @@ class TwoLosses:
         return float_part(gradient_of("loss_fn", self._loss_fn)(params))
 
     def _checked(self, name: str, gradient: optax.Updates) -> optax.Updates:
+        floats = float_part(self._params)
         gradient = float_part(gradient)
-        check_same_structure(name, gradient, float_part(self._params))
-        return gradient
+        check_same_structure(name, gradient, floats)
+        # In the dtype of a gradient that JAX takes, so that states keep their types.
+        return jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, floats)
 
 
 def from_rule(init: Init, rule: Rule) -> optax.GradientTransformationExtraArgs:
@@ -185,6 +189,8 @@ def from_rule(init: Init, rule: Rule) -> optax.GradientTransformationExtraArgs:
         **extra_args: Any,
     ) -> tuple[optax.Updates, Any]:
         check_params(params)
+        if updates is not None:
+            check_same_structure("grads", float_part(updates), float_part(params))
         losses = TwoLosses(
             params, updates, loss_fn, grad_fn, perturbation_loss_fn, perturbation_grads
         )
@@ -192,6 +198,19 @@ def from_rule(init: Init, rule: Rule) -> optax.GradientTransformationExtraArgs:
         return for_base_optimizer(gradient, updates, params), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def perturbed_gradient(
+    losses: TwoLosses,
+    perturbation: optax.GradientTransformationExtraArgs,
+    state: Any,
+    params: optax.Params,
+    **extra_args: Any,
+) -> tuple[optax.Updates, optax.Updates, Any]:
+    """The gradient of L at the perturbed point, the perturbation, and its next state."""
+    eps, state = perturbation.update(losses.ascent_gradient(), state, params, **extra_args)
+    check_same_structure("the perturbation", eps, params)
+    return losses.gradient(perturb(params, eps)), eps, state
 
 
 def gives_q(extra_args: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What stands where in a chain, as its state tells: a transformation itself is only two functions.
+"""The order of a chain, told by its state: a transformation itself is only two functions.
 
 `optax.chain` has a plain tuple of states, and the methods of this package have states of their own.
 """
@@ -23,7 +23,7 @@ def check_is_first(state: Any) -> None:
     """
     if isinstance(state, (tuple, list)) and not hasattr(state, "_fields"):
         for place, part in enumerate(state):
-            if place > 0 and _has_method(part):
+            if place > 0 and has_method(part):
                 raise ValueError(
                     f"the sharpness-aware method is number {place + 1} in its chain, and must be "
                     "the first: optax.chain(bisam(rho), ..., optimizer). What comes before it "
@@ -31,6 +31,13 @@ def check_is_first(state: Any) -> None:
                 )
         for part in state[:1]:
             check_is_first(part)
+    elif isinstance(state, dict):
+        # optax.named_chain, whose order is lost where JAX has sorted the names.
+        if len(state) > 1 and has_method(state):
+            raise ValueError(
+                "optax.named_chain does not show whether the sharpness-aware method is the first: "
+                "use optax.chain(bisam(rho), ..., optimizer)."
+            )
     else:
         inner = getattr(state, "inner_state", None)
         if inner is not None:
@@ -60,20 +67,26 @@ def check_gives_gradients(state: Any, argument: str) -> None:
 
 
 def check_not_conditional(state: Any) -> None:
-    """Raises if steps are skipped by optax: it would pass on the gradient of L, which is not there.
+    """Raises if optax skips steps: it would pass on the gradient of L, which is not there.
 
     Raises:
         ValueError: names `when`.
     """
-    if _has(lambda node: isinstance(node, optax.ConditionallyTransformState), state):
+    kinds = (
+        optax.ConditionallyTransformState,
+        optax.ConditionallyMaskState,
+        optax.ApplyIfFiniteState,
+    )
+    if _has(lambda node: isinstance(node, kinds), state):
         raise ValueError(
-            "optax.conditionally_transform passes on the gradient of the loss where it skips a "
-            "step, and a clean pass of perturbation_loss_fn has none: pass the method itself, and "
-            "when= to value_and_grad."
+            "conditionally_transform, conditionally_mask and apply_if_finite of optax hand on the "
+            "gradient of the loss where they skip a step, and a clean pass of perturbation_loss_fn "
+            "has none: pass the method itself, and when= to value_and_grad; apply_if_finite can "
+            "stand after the method in the chain."
         )
 
 
-def _has_method(state: Any) -> bool:
+def has_method(state: Any) -> bool:
     return _has(lambda node: type(node).__module__.split(".")[0] == __package__, state)
 
 

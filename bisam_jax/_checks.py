@@ -63,6 +63,10 @@ def _is_real(value: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.integer) or jnp.issubdtype(dtype, jnp.floating)
 
 
+def _is_integer(value: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(value), jnp.integer))
+
+
 def check_count(name: str, value: Any) -> None:
     """Raises unless `value` is a positive integer; of a tracer, only the dtype is checked.
 
@@ -71,7 +75,7 @@ def check_count(name: str, value: Any) -> None:
         ValueError: if it is not a scalar, or less than 1.
     """
     check_scalar(name, value, minimum=1)
-    if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+    if not _is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}.")
 
 
@@ -88,10 +92,27 @@ def check_static(name: str, value: Any) -> None:
         )
 
 
+def check_key(key: Any) -> None:
+    """Raises unless `key` is one random key or an integer seed.
+
+    Raises:
+        TypeError: if it is anything else.
+    """
+    if (not is_key(key) and not (_is_real(key) and _is_integer(key))) or np.shape(key) != ():
+        raise TypeError(
+            "key must be one random key, such as jax.random.key(0), or an integer seed, got "
+            f"{key!r}."
+        )
+
+
 def as_key(key: Any) -> jax.Array:
     """A random key: the given one, or the one of an integer seed."""
-    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return key if is_key else jax.random.key(key)
+    return key if is_key(key) else jax.random.key(key)
+
+
+def is_key(key: Any) -> bool:
+    """Whether `key` is an array of random keys."""
+    return isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
 def check_transformation(name: str, value: Any) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from bisam_jax._balls import l2_ball_unless
-from bisam_jax._checks import as_key, check_count, check_same_structure, check_scalar
+from bisam_jax._checks import as_key, check_count, check_key, check_same_structure, check_scalar
 from bisam_jax._sharpness_aware import sharpness_aware
 from bisam_jax._top_k import masked, number_of, size_of, top_k_mask
 from bisam_jax._trees import float_part
@@ -83,6 +83,7 @@ def dynamic_mask(
     if not callable(drop_rate):
         check_scalar("drop_rate", drop_rate, minimum=0.0, maximum=1.0)
     check_count("update_every", update_every)
+    check_key(key)
 
     def init_fn(params: optax.Params) -> DynamicMaskState:
         scores = _uniform(as_key(key), float_part(params))

@@ -77,6 +77,7 @@ def efficient_sam(
     """
     check_static("gamma", gamma)
     check_scalar("gamma", gamma, minimum=0.0, maximum=1.0, exclusive=True)
+    gamma = float(gamma)
     ball = l2_ball_unless(perturbation, rho)
     step = sharpness_aware(optax.chain(ball, random_subset(beta, key)))
 
@@ -113,8 +114,7 @@ def efficient_sam(
             if gamma == 1:
                 return mean_gradient(point)
             before = losses(params) if example_losses is None else _checked(example_losses)
-            rise = losses(point) - before
-            return mean_gradient(point, _largest(rise, _number_chosen(gamma, rise.size)))
+            return mean_gradient(point, _worst(losses(point), before, gamma))
 
         if updates is None and not gives_q(extra_args):
             # The loss to ascend is that of all examples, not of those chosen for the descent.
@@ -133,12 +133,18 @@ def _checked(losses: jax.Array) -> jax.Array:
     return jnp.asarray(losses, at_least_float32(losses.dtype))
 
 
-def _largest(losses: jax.Array, number: int) -> jax.Array:
-    """The indices of the largest losses."""
+def _worst(losses: jax.Array, before: jax.Array, gamma: float) -> jax.Array:
+    """The indices of the examples whose loss rises most."""
+    if losses.shape != before.shape:
+        raise ValueError(
+            f"example_losses must be those of the whole batch, float[{losses.size}], got "
+            f"float[{before.size}]."
+        )
+    rise = losses - before
     # On a mesh with explicit axes, JAX looks for the largest only along axes that lie whole.
-    if jax.typeof(losses).sharding.mesh.are_all_axes_explicit:
-        losses = jax.sharding.reshard(losses, jax.sharding.PartitionSpec())
-    return jax.lax.top_k(losses, number)[1]
+    if jax.typeof(rise).sharding.mesh.are_all_axes_explicit:
+        rise = jax.sharding.reshard(rise, jax.sharding.PartitionSpec())
+    return jax.lax.top_k(rise, _number_chosen(gamma, rise.size))[1]
 
 
 def _number_chosen(gamma: float, examples: int) -> int:

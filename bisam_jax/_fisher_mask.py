@@ -16,10 +16,11 @@ from bisam_jax._checks import (
     check_count,
     check_same_structure,
     check_scalar,
+    check_scalar_loss,
 )
 from bisam_jax._sharpness_aware import sharpness_aware
 from bisam_jax._top_k import masked, number_of, size_of, top_k_mask
-from bisam_jax._trees import float_part
+from bisam_jax._trees import float_part, merge
 
 
 class FisherMaskState(NamedTuple):
@@ -50,7 +51,8 @@ def fisher_scores(
         microbatch_size: how many gradients are held at a time; divides the number of examples.
 
     Returns:
-        A tree of the parameters' structure.
+        A tree of the parameters' structure, in float32 at least; None where a parameter is not
+        floating.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -62,16 +64,20 @@ def fisher_scores(
         Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach
         <https://arxiv.org/abs/2210.05177>`_, 2022
 
-    .. note:: Under :func:`jax.shard_map` with varying-axis checks, give it parameters that vary,
-        ``jax.lax.pcast(params, axis_name, to="varying")``, and sum what it returns over the
-        devices: gradients of replicated parameters are summed before they are squared. Under
+    .. note:: One gradient per example. :func:`bisam_jax.value_and_grad` makes the scores of the
+        whole batch on several devices; in a :func:`jax.shard_map` of your own with varying-axis
+        checks, JAX sums gradients of replicated parameters before they are squared. Under
         :func:`jax.jit` with a sharded batch, every device computes the scores of all examples.
     """
+
+    def loss_of_one(floats: Any, example: Any) -> jax.Array:
+        return check_scalar_loss("loss_fn", loss_fn(merge(floats, params), example))
+
     sum_of_squares, _ = micro_grad(
-        loss_fn,
+        loss_of_one,
         microbatch_size=microbatch_size,
         transform_fn=lambda gradient: jax.tree.map(jnp.square, gradient),
-    )(params, examples)
+    )(float_part(params), examples)
     return sum_of_squares
 
 
@@ -87,10 +93,11 @@ def fisher_mask(
 
     Returns:
         A transformation to chain after a ball. Its ``update`` needs the parameters and the extra
-        arg ``fisher_scores_fn``, from the parameters' floating part to non-negative scores of that
-        structure, such as ``lambda params: fisher_scores(loss_fn, params, examples)``; it is
-        evaluated only when the mask is made. :func:`bisam_jax.value_and_grad` makes it from a
-        ``loss_fn`` with losses per example.
+        arg ``fisher_scores_fn``, from the parameters' floating part (None in place of other leaves)
+        to non-negative scores of that structure, such as
+        ``lambda params: fisher_scores(loss_fn, params, examples)``; it is evaluated only when the
+        mask is made. :func:`bisam_jax.value_and_grad` makes it from a ``loss_fn`` with losses per
+        example.
 
     Raises:
         TypeError, ValueError: if ``sparsity`` is not in [0, 1] or ``update_every`` no positive

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from bisam_jax._balls import l2_ball_unless
-from bisam_jax._boundary import GradFn, LossFn, gives_q
+from bisam_jax._boundary import GradFn, LossFn, gives_q, gradient_of
 from bisam_jax._checks import MissingArgumentError, check_params
 from bisam_jax._sharpness_aware import sharpness_aware
 
@@ -47,10 +47,14 @@ class LogitsLoss:
     def frozen_at(self, params: Any) -> FrozenLogits:
         """See :class:`FrozenLogits`; for a loss of the parameters only."""
         logits, pullback = _pullback(self.logits, params)
-        slope = jax.grad(self.loss)(logits)
-        return FrozenLogits(
-            lambda: pullback(slope), lambda point: _pullback(self.logits, point)[1](slope)
-        )
+        slope = gradient_of("loss", self.loss)(logits)
+
+        def gradient_fn(point: Any) -> Any:
+            perturbed, pullback = _pullback(self.logits, point)
+            # Wider, where the parameters are narrow.
+            return pullback(slope.astype(perturbed.dtype))
+
+        return FrozenLogits(lambda: pullback(slope), gradient_fn)
 
     def linear_at(self, params: Any) -> "Callable[[Any, Any], jax.Array]":
         """A loss of a batch with the gradient of :class:`FrozenLogits`.
@@ -65,7 +69,8 @@ class LogitsLoss:
         def linear(point: Any, batch: Any) -> jax.Array:
             clean = jax.lax.stop_gradient(self.logits(params, batch))
             slope = jax.grad(lambda logits: self.loss(logits, batch).mean())(clean)
-            return jnp.sum(slope * self.logits(point, batch))
+            perturbed = self.logits(point, batch)
+            return jnp.sum(slope.astype(perturbed.dtype) * perturbed)
 
         return linear
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from bisam_jax._balls import l2_ball_unless
-from bisam_jax._boundary import TwoLosses, from_rule
+from bisam_jax._boundary import TwoLosses, from_rule, perturbed_gradient
 from bisam_jax._checks import check_count, check_scalar
-from bisam_jax._trees import global_norm, orthogonal_part, perturb, scale_to_norm
+from bisam_jax._trees import global_norm, orthogonal_part, scale_to_norm
 
 
 class LookState(NamedTuple):
@@ -99,9 +99,9 @@ def look_sam(
         clean = losses.clean_gradient
 
         def look() -> tuple:
-            ascent = losses.ascent_gradient()
-            eps, ball_state = ball.update(ascent, state.look_ball, params, **extra_args)
-            perturbed = losses.gradient(perturb(params, eps))
+            perturbed, eps, ball_state = perturbed_gradient(
+                losses, ball, state.look_ball, params, **extra_args
+            )
             # Without a perturbation, what is left is rounding, which must not be scaled up.
             is_moved = global_norm(eps) > 0
             orthogonal = jax.tree.map(

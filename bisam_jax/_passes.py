@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from optax.microbatching import microbatch
 
-from bisam_jax._batches import MEAN, Batch, BatchLoss, BatchLossFn, Parts, aux_rules
+from bisam_jax._batches import MEAN, Batch, BatchLoss, BatchLossFn, Parts, aux_rules, check_splits
 from bisam_jax._devices import OneDevice, OneOfMany
 from bisam_jax._fisher_mask import fisher_scores
 from bisam_jax._trees import as_cotangent, float_part
@@ -65,9 +65,10 @@ class Passes:
         return Clean(self.devices.mean(value), parts, lambda: gradient)
 
     def merged(self, loss: BatchLoss, params: Any, batch: Batch, parts: Parts) -> Parts:
-        """With aux that is no array of examples averaged over the devices."""
+        """The parts, with aux that is no array of examples averaged over the devices."""
         if not isinstance(self.devices, OneOfMany) or not jax.tree.leaves(parts.aux):
             return parts
+        check_splits(batch)
         rules = aux_rules(loss, params, batch, 2 * len(jax.tree.leaves(batch)[0]))
         return jax.tree.map(
             lambda rule, leaf: self.devices.mean(leaf) if rule is MEAN else leaf, rules.rules, parts
@@ -87,6 +88,7 @@ class Passes:
         self, loss: BatchLoss, params: Any, batch: Batch, indices: jax.Array | None = None
     ) -> jax.Array:
         """The losses of the examples at `indices` of the whole batch, or of all."""
+        check_splits(batch)
         params = self.devices.enter(params)
 
         def losses(params: Any, part: Batch) -> jax.Array:
@@ -97,7 +99,8 @@ class Passes:
         return self.devices.losses_at(losses, params, batch, indices)
 
     def fisher_scores(self, loss: BatchLoss, params: Any, batch: Batch) -> optax.Params:
-        """Those of all examples of the batch."""
+        """The Fisher scores of all examples of the batch."""
+        check_splits(batch)
 
         def loss_of_one(params: Any, example: Batch) -> jax.Array:
             return loss.losses(params, example).mean()
@@ -106,7 +109,7 @@ class Passes:
         return self.devices.total(float_part(scores))
 
     def _size(self, batch: Batch) -> int | None:
-        """Of microbatches, if there is more than one."""
+        """The size of a microbatch, if there is more than one."""
         size = self._microbatch_size
         return None if size is None or size == len(jax.tree.leaves(batch)[0]) else size
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bisam_jax._checks import as_key, check_same_structure, check_scalar
+from bisam_jax._checks import as_key, check_key, check_same_structure, check_scalar
 
 
 class RandomSubsetState(NamedTuple):
@@ -52,6 +52,7 @@ def random_subset(
         Networks <https://arxiv.org/abs/2110.03141>`_, 2022
     """
     check_scalar("beta", beta, minimum=0.0, maximum=1.0, exclusive=True)
+    check_key(key)
 
     def init_fn(params: optax.Params) -> RandomSubsetState:
         del params
@@ -72,7 +73,7 @@ def random_subset(
             leaves, structure = jax.tree.flatten(updates)
             keys = jax.random.split(draw_key, max(len(leaves), 1))
             subset = structure.unflatten(
-                jax.random.bernoulli(k, beta, jnp.shape(leaf))
+                jax.random.bernoulli(k, jnp.asarray(beta, leaf.dtype), leaf.shape)
                 for k, leaf in zip(keys, leaves, strict=False)
             )
         check_same_structure("subset", subset, updates)

@@ -19,7 +19,7 @@ from bisam_jax._checks import (
     check_transformation,
     shapes_of,
 )
-from bisam_jax._trees import fill_with_zeros, float_part, perturb
+from bisam_jax._trees import fill_with_zeros, float_part, is_floating, perturb
 from bisam_jax._two_halves import on_two_halves
 
 BatchLossFn = Callable[[Any, Any], Any]
@@ -75,8 +75,8 @@ def sampa(
         interpolation: weight of the look-ahead gradient, a scalar in [0, 1], possibly traced.
             With 1, this is only the look-ahead optimizer.
         batch_like: a batch, or its shapes (``jax.ShapeDtypeStruct``): the state keeps the previous
-            batch. On several devices, the whole batch; lay ``state.sampa_batch`` over them as
-            you do batches.
+            batch. On several devices, the whole batch; lay ``state.sampa_batch`` over them as you
+            do batches. Under ``optax.inject_hyperparams``, name it in ``static_args``.
         perturbation: replaces the ball of radius ``rho``.
         bilevel: whether another loss is ascended: ``update`` then needs
             ``batch_perturbation_loss_fn``, the perturbation is along its gradient at the
@@ -169,7 +169,8 @@ def sampa(
         direction = state.lookahead_ascent if bilevel else state.lookahead_gradient
         eps, ball_state = ball.update(direction, state.sampa_ball, float_part(params), **extra_args)
         # The first look-ahead is the start itself, without the weight decay of a zero gradient.
-        ahead = _unless(first, float_part(descend(state.lookahead_gradient)[0]))
+        moved = _floats_of(params, descend(state.lookahead_gradient)[0])
+        ahead = jax.tree.map(lambda u: jnp.where(first, 0, u), moved)
         points = [perturb(params, eps), perturb(params, ahead)]
         earlier = jax.tree.map(functools.partial(jnp.where, first), batch, state.sampa_batch)
         perturbed, lookahead = _gradients(batch_loss_fn, points, [earlier, batch], gradient_axis)
@@ -194,8 +195,10 @@ def _start(params: Any, batch_like: Any, bilevel: bool, ball: Any, optimizer: An
     )
 
 
-def _unless(condition: jax.Array, tree: optax.Updates) -> optax.Updates:
-    return jax.tree.map(lambda x: jnp.where(condition, 0, x), tree)
+def _floats_of(params: optax.Params, updates: optax.Updates) -> optax.Updates:
+    """The updates of floating parameters; those of integers may be floating themselves."""
+    kept = jax.tree.map(lambda p, u: u if is_floating(p) else None, params, updates)
+    return float_part(kept)
 
 
 def _between(first: optax.Updates, second: optax.Updates, weight: Any) -> optax.Updates:
@@ -245,10 +248,15 @@ def _empty_like(leaf: Any) -> jax.Array:
 def _checked_batch(batch: Any, previous: Any) -> Any:
     """The batch as arrays of the types that the state has room for."""
     if batch is None:
-        raise ValueError("batch is missing: call update(None, state, params, batch=batch, ...).")
+        raise MissingArgumentError(
+            "batch is missing, and sampa keeps it for the next step",
+            "call update(None, state, params, batch=batch, ...)",
+            "call step(params, state, batch)",
+        )
     got, expected = shapes_of(batch), shapes_of(previous)
     if got != expected:
         raise ValueError(
             f"batch must be like the batch_like that sampa was made with, {expected}, got {got}."
         )
-    return jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), batch, previous)
+    # A copy: who donates the state must not give away the caller's batch.
+    return jax.tree.map(lambda new, old: jnp.array(new, old.dtype), batch, previous)

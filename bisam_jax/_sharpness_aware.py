@@ -6,9 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from bisam_jax._boundary import TwoLosses, from_rule, gives_q
-from bisam_jax._checks import MissingArgumentError, check_same_structure, check_transformation
-from bisam_jax._trees import perturb
+from bisam_jax._boundary import TwoLosses, from_rule, gives_q, perturbed_gradient
+from bisam_jax._checks import MissingArgumentError, check_transformation
 from bisam_jax.perturbations import adaptive_l2_ball, l2_ball
 
 
@@ -98,10 +97,10 @@ def sharpness_aware(
     def rule(
         losses: TwoLosses, state: Any, params: optax.Params, /, **extra_args: Any
     ) -> tuple[optax.Updates, SharpnessAwareState]:
-        ascent = losses.ascent_gradient()
-        eps, new_state = perturbation.update(ascent, state.perturbation_state, params, **extra_args)
-        check_same_structure("the perturbation", eps, params)
-        return losses.gradient(perturb(params, eps)), SharpnessAwareState(new_state)
+        gradient, _, new_state = perturbed_gradient(
+            losses, perturbation, state.perturbation_state, params, **extra_args
+        )
+        return gradient, SharpnessAwareState(new_state)
 
     return from_rule(init_fn, rule)
 

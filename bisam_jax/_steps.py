@@ -20,6 +20,7 @@ from bisam_jax._batches import (
     in_groups,
 )
 from bisam_jax._boundary import WithGradient
+from bisam_jax._chains import has_method
 from bisam_jax._checks import shapes_of
 from bisam_jax._devices import OneDevice
 from bisam_jax._functional import FrozenLogits, LogitsLoss
@@ -29,6 +30,12 @@ from bisam_jax._trees import fill_with_zeros, float_part, is_floating, merge
 When = Callable[[Any], Any]
 # From params, state and batch to the clean pass's value and parts, the gradient, and the state.
 Step = Callable[..., tuple[tuple[jax.Array, Parts], Any, Any]]
+
+
+_NO_METHOD = (
+    "tx made no gradient of perturbation_loss_fn: it must be or contain a sharpness-aware method, "
+    "such as bisam(rho)."
+)
 
 
 def sharp_step(
@@ -60,13 +67,15 @@ def sharp_step(
                 args["example_losses"] = passes.devices.joined(clean.parts.losses)
         else:
             args |= _arguments_of_q(passes.mean(ascended.mean), clean, batch)
-        grads, state = tx.update(grads, state, params, **args | extra_args)
+        try:
+            grads, new_state = tx.update(grads, state, params, **args | extra_args)
+        except (TypeError, ValueError) as error:
+            if ascended is None or has_method(state):
+                raise
+            raise ValueError(_NO_METHOD) from error
         if grads is None:
-            raise ValueError(
-                "tx returned no gradient: with a perturbation_loss_fn it must be or contain a "
-                "sharpness-aware method, such as bisam(rho)."
-            )
-        return (clean.value, clean.parts), grads, state
+            raise ValueError(_NO_METHOD)
+        return (clean.value, clean.parts), grads, new_state
 
     return step
 
@@ -111,8 +120,8 @@ def plain_step(loss: BatchLoss, passes: Passes) -> Step:
 def conditional(sharp: Step, plain: Step, when: When) -> Step:
     """One of two steps, and the cost of one."""
 
-    def step(params: Any, state: Any, batch: Batch, *, step: Any, **extra_args: Any) -> tuple:
-        due = when(step)
+    def step(params: Any, state: Any, batch: Batch, **extra_args: Any) -> tuple:
+        due = when(extra_args["step"])
         if jnp.shape(due) != () or jnp.result_type(due) != jnp.bool_:
             raise TypeError(f"when must return one boolean, got {shapes_of(due)}.")
 
@@ -124,16 +133,25 @@ def conditional(sharp: Step, plain: Step, when: When) -> Step:
 
         if not isinstance(due, Tracer):
             return take_sharp() if due else take_plain()
-        (value, aux), grads, new_state = jax.lax.cond(
-            due, lambda: _of_arrays(take_sharp()), lambda: _of_arrays(take_plain())
-        )
+        branches = [lambda: _of_arrays(take_sharp()), lambda: _of_arrays(take_plain())]
+        _check_alike(*(jax.eval_shape(branch)[0] for branch in branches))
+        (value, aux), grads, new_state = jax.lax.cond(due, *branches)
         return (value, Parts(None, aux)), fill_with_zeros(grads, params), new_state
 
     return step
 
 
+def _check_alike(sharp: Any, plain: Any) -> None:
+    """Raises unless value and aux of both steps have the same types."""
+    if shapes_of(sharp) != shapes_of(plain):
+        raise TypeError(
+            "with when, loss_fn and perturbation_loss_fn must return value and aux of the same "
+            f"types, got {shapes_of(plain)} and {shapes_of(sharp)}."
+        )
+
+
 def _of_arrays(result: tuple) -> tuple:
-    """What both steps return alike: losses may be those of single examples in one of them only."""
+    """Value, aux, gradient and state; only one of the steps may have losses per example."""
     (value, parts), grads, state = result
     return (value, parts.aux), float_part(grads), state
 
@@ -181,7 +199,7 @@ def grouped(
 
 
 def _follows_data(leaf: Any) -> bool:
-    """Whether a leaf of the state differs between groups: counters and keys do not."""
+    """Returns whether a leaf of the state differs between groups; counters and keys do not."""
     return is_floating(leaf) or leaf.dtype == jnp.bool_
 
 

@@ -13,6 +13,7 @@ from bisam_jax._boundary import TwoLosses, from_rule
 from bisam_jax._checks import (
     as_key,
     check_count,
+    check_key,
     check_same_structure,
     check_scalar,
     check_static,
@@ -104,6 +105,7 @@ def tilted_sam(
     check_scalar("scale", scale, minimum=0.0)
     check_static("num_samples", num_samples)
     check_count("num_samples", num_samples)
+    check_key(key)
     ball = l2_ball_unless(perturbation, rho)
     mean = _mean_together if together else _mean_one_by_one
 

@@ -26,11 +26,10 @@ def float_part(tree: Tree) -> Tree:
     def cast(leaf: Any) -> Any:
         if not is_floating(leaf):
             return None
-        if at_least_float32(_dtype(leaf)) == _dtype(leaf):
-            return leaf
+        dtype = at_least_float32(_dtype(leaf))
         if isinstance(leaf, jax.ShapeDtypeStruct):
-            return leaf.update(dtype=jnp.float32)
-        return jnp.asarray(leaf, jnp.float32)
+            return leaf.update(dtype=dtype)
+        return jnp.asarray(leaf, dtype)
 
     return jax.tree.map(cast, tree)
 
@@ -52,7 +51,7 @@ def is_floating(leaf: Any) -> bool:
 
 def at_least_float32(*dtypes: Any) -> Any:
     """The widest of the given floating dtypes and float32."""
-    return max(*dtypes, jnp.dtype(jnp.float32), key=lambda dtype: jnp.finfo(dtype).bits)
+    return max([*dtypes, jnp.dtype(jnp.float32)], key=lambda dtype: jnp.finfo(dtype).bits)
 
 
 def _dtype(leaf: Any) -> Any:
@@ -162,7 +161,7 @@ def orthogonal_part(tree: Tree, direction: Tree) -> Tree:
 
 
 def fold(combine: Callable[[Any, Any], Any], scalars: list[jax.Array]) -> jax.Array:
-    """Combines the scalars of all leaves to one: their sum, or the maximum of such as are >= 0.
+    """Combines the scalars of all leaves to one: their sum, or their maximum if none is negative.
 
     What every leaf is then scaled by depends on all of them. XLA on CPU copies such a chain of
     operations into the program of each leaf, and compiles in the square of their number, unless
@@ -192,6 +191,6 @@ def for_base_optimizer(
     def cast(p: Any, g: Any, fallback: Any) -> Any:
         return jnp.asarray(g, _dtype(p)) if is_floating(p) else fallback
 
-    if grads is None or all(map(is_floating, jax.tree.leaves(params))):
+    if grads is None:
         return fill_with_zeros(float_part(gradient), params)
     return jax.tree.map(cast, params, gradient, grads)

@@ -101,8 +101,8 @@ def value_and_grad(
             floating[batch], or their mean, a scalar. With losses per example every method works;
             with a scalar, one that looks at single examples raises.
         perturbation_loss_fn: the loss to ascend, likewise; by default the loss itself.
-        has_aux: whether the functions return ``(loss, aux)``. What makes no clean pass (the loss,
-            beside a perturbation loss and without ``when``) may leave out aux.
+        has_aux: whether the functions return ``(loss, aux)``. If there is a perturbation loss and
+            no ``when``, ``loss_fn`` may return only the loss.
         when: ``when(step)`` says whether to take the step of ``tx`` (a late start, or every k-th
             step). Where it is false, the step returns the gradient of the loss at ``params``, with
             value and aux of that pass and the state unchanged, at the cost of one gradient. The
@@ -131,9 +131,9 @@ def value_and_grad(
     Raises:
         ValueError: if ``axis_name`` is not mapped over; if a size is not a positive integer, or
             does not divide the batch (or the other size); if an array of the batch has no axis of
-            examples; if ``tx`` lacks what it needs; if a method is not the first in its chain; if
-            ``tx`` contains the base optimizer and there is ``group_size`` or ``when``; if it is
-            an ``optax.conditionally_transform`` and there is a perturbation loss; if ``step`` is
+            examples, where they are split; if ``tx`` lacks what it needs; if a method is not the
+            first in its chain; if ``tx`` contains the base optimizer and there is ``group_size`` or
+            ``when``; if optax skips its steps and there is a perturbation loss; if ``step`` is
             missing.
         TypeError: if ``tx`` is no transformation, a loss function does not return what it should,
             or an aux leaf can neither be joined nor averaged.
@@ -185,7 +185,7 @@ def value_and_grad(
     def step_fn(
         params: Any, state: Any, batch: Batch, *, step: Any = None, **extra_args: Any
     ) -> tuple:
-        _check_call(extra_args, when, step)
+        _check_call(extra_args, when, step, group_size)
         _check_state(state, ascended is not None, when, group_size)
         _check_batch(batch, group_size, microbatch_size, axis_name)
         if step is not None:
@@ -236,9 +236,13 @@ def _check_batch(
         check_not_explicit(batch)
 
 
-def _check_call(extra_args: dict[str, Any], when: Any, step: Any) -> None:
+def _check_call(extra_args: dict[str, Any], when: Any, step: Any, group_size: int | None) -> None:
     if when is not None and step is None:
         raise ValueError("step is missing: with when, call step(..., step=step).")
+    if group_size is not None and "example_losses_fn" in extra_args:
+        raise ValueError(
+            "example_losses_fn cannot be replaced with group_size: it would not know its group."
+        )
     own = ("loss_fn", "grad_fn", "perturbation_loss_fn", "perturbation_grads", "batch_loss_fn")
     for name in (*own, "batch_perturbation_loss_fn"):
         if name in extra_args:

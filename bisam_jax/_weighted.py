@@ -7,10 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from bisam_jax._balls import l2_ball_unless
-from bisam_jax._boundary import TwoLosses, from_rule
+from bisam_jax._boundary import TwoLosses, from_rule, perturbed_gradient
 from bisam_jax._checks import check_scalar
 from bisam_jax._sharpness_aware import SharpnessAwareState
-from bisam_jax._trees import perturb
 
 
 def weighted_sam(
@@ -67,9 +66,10 @@ def weighted_sam(
     def rule(
         losses: TwoLosses, state: Any, params: optax.Params, /, **extra_args: Any
     ) -> tuple[optax.Updates, SharpnessAwareState]:
-        clean, ascent = losses.clean_gradient, losses.ascent_gradient()
-        eps, ball_state = ball.update(ascent, state.perturbation_state, params, **extra_args)
-        perturbed = losses.gradient(perturb(params, eps))
+        clean = losses.clean_gradient
+        perturbed, _, ball_state = perturbed_gradient(
+            losses, ball, state.perturbation_state, params, **extra_args
+        )
         weight = gamma / (1 - gamma)
         gradient = jax.tree.map(
             lambda g, p: g + jnp.asarray(weight, g.dtype) * (p - g), clean, perturbed

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bisam_jax._checks import check_scalar
+from bisam_jax._checks import check_scalar, is_floating_array, shapes_of
 from bisam_jax._labels import check_logits, check_range, class_mask, where_any_class
 from bisam_jax._trees import at_least_float32
 
@@ -209,10 +209,16 @@ def perturbation_loss(
         limit = jnp.finfo(margin.dtype).max
         margin = jnp.clip(jnp.where(where, margin, 0.0), -limit, limit)
     elif lower_bound is log_lower_bound and isinstance(mu, (int, float)) and mu == 1:
-        # The paper's default needs one exponential a class instead of two and a logarithm, and
+        # The paper's default needs one exponential per class instead of two and a logarithm, and
         # so costs little more than the cross-entropy.
         return jnp.log(jnp.sum(_exp_log_lower_bound(margin), axis=axis))
-    return _smooth_max(lower_bound(margin), mu, axis, where)
+    bounds = lower_bound(margin)
+    if not is_floating_array(bounds) or jnp.shape(bounds) != margin.shape:
+        raise TypeError(
+            f"lower_bound must return a floating array of the margins' shape, {margin.shape}, got "
+            f"{shapes_of(bounds)}."
+        )
+    return _smooth_max(bounds, mu, axis, where)
 
 
 @jax.custom_jvp

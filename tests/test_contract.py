@@ -533,7 +533,7 @@ ERRORS = [
         "perturbation_grads does not match params",
     ),
 ]
-# bisam does not look at them.
+# Whether the method looks at them or not.
 ERRORS_OF_GRADS = [
     (
         {"grads": {"hidden": tuple(GRADS["hidden"].values()), "head": GRADS["head"]}},
@@ -561,13 +561,11 @@ ERRORS_OF_GRADS = [
         r"grads does not match params: shape \(1, 6, 3\) at \['head'\]\['w'\]",
     ),
 ]
-USING_GRADS = [method for method in TAKING_GRAD_FN.values() if not method.needs_q]
 
 
 @pytest.mark.parametrize(
     ("method", "change", "error", "message"),
-    [(method, *case) for method in TAKING_GRAD_FN.values() for case in ERRORS]
-    + [(method, *case) for method in USING_GRADS for case in ERRORS_OF_GRADS],
+    [(method, *case) for method in TAKING_GRAD_FN.values() for case in ERRORS + ERRORS_OF_GRADS],
 )
 @pytest.mark.parametrize("jit", [False, True])
 def test_errors(method, change, error, message, jit):

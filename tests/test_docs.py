@@ -38,9 +38,12 @@ def test_readme_snippets():
         bisam_jax.bisam(0.05), names["loss_fn"], names["perturbation_loss_fn"]
     )(start, bisam_jax.bisam(0.05).init(start), batch)[1]
     np.testing.assert_allclose(names["grads"], expected, rtol=1e-5, atol=1e-7)
-    assert names["loss_fn"](names["params"], batch) < names["loss_fn"](start, batch)
-    after = names["params"] + names["updates"]
-    assert names["loss_fn"](after, batch) < names["loss_fn"](names["params"], batch)
+
+    def loss(params):
+        return names["loss_fn"](params, batch).mean()
+
+    assert loss(names["params"]) < loss(start)
+    assert loss(names["params"] + names["updates"]) < loss(names["params"])
 
 
 def test_readme_has_exactly_two_commands_that_install():

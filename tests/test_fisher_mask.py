@@ -109,3 +109,17 @@ def test_errors(call, error, message):
 
 def test_one_ball():
     assert_takes_one_ball(sparse_sam_fisher)
+
+
+def test_scores_of_narrow_parameters_are_taken_in_float32():
+    params = {"w": jnp.array([1e-3, 2e-3], jnp.float16), "count": jnp.array(3)}
+    x = jnp.ones((4, 2), jnp.float32)
+
+    def loss_fn(params, x):
+        return jnp.mean(jnp.square(x @ params["w"]) * 1e-2)
+
+    scores = fisher_scores(loss_fn, params, x)
+    # 4 examples, each with the gradient 2 * 1e-2 * (1e-3 + 2e-3).
+    np.testing.assert_allclose(scores["w"], [4 * 6e-5**2] * 2, rtol=2e-3)
+    assert scores["w"].dtype == jnp.float32
+    assert scores["count"] is None

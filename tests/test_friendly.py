@@ -1,3 +1,5 @@
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -58,3 +60,13 @@ def test_errors(call, error, message):
 
 def test_one_ball():
     assert_takes_one_ball(friendly_sam)
+
+
+@pytest.mark.usefixtures("float64")
+def test_gradients_of_another_dtype_leave_the_state_as_it_is():
+    params = jnp.asarray(W, jnp.float32)
+    tx = friendly_sam(0.1)
+    state = tx.init(params)
+    grads = {"perturbation_grads": jnp.asarray(W, jnp.float64)}
+    _, new_state = tx.update(None, state, params, loss_fn=lambda w: jnp.sum(w**2), **grads)
+    assert jax.tree.map(jnp.dtype, state) == jax.tree.map(jnp.dtype, new_state)

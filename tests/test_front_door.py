@@ -12,7 +12,7 @@ from jax import export
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from bisam_jax import value_and_grad
+from bisam_jax import logits_loss, value_and_grad
 from tests.compiled import quick_jit
 from tests.methods import METHODS, UPDATING, arguments_of, mean_of_trees
 from tests.problems import (
@@ -384,3 +384,44 @@ def test_functions_of_examples_can_be_replaced(name):
     with_scalars = made(name, scalar=True)
     same = quick_jit(lambda p, s, b: with_scalars(p, s, b, **own))(PARAMS, start(name), BATCH)
     chex.assert_trees_all_close(same[1], replaced[1], **CLOSE)
+
+
+@each
+@pytest.mark.parametrize("sizes", [{}, {"microbatch_size": 4}], ids=str)
+def test_leaves_that_are_not_floating(name, sizes):
+    """They change nothing, and get no updates."""
+    params = {"net": PARAMS, "count": jnp.array(3), "key": jax.random.key(0), "none": None}
+
+    def of_net(fn):
+        if fn is None:
+            return None
+        return lambda params, batch: fn(params["net"], batch)
+
+    loss_fn = logits_loss(of_net(losses_of_batch.logits_fn), losses_of_batch.loss)
+    method = ALL[name]
+    tx = method.make(0.3)
+    step = quick_jit(value_and_grad(tx, loss_fn, of_net(q_of(method)), **sizes))
+    value, grads, _ = step(params, tx.init(params), BATCH)
+    (expected_value, expected), *_ = by_hand(name)[0]
+    if name not in DRAWING:
+        chex.assert_trees_all_close((value, grads["net"]), (expected_value, expected), **CLOSE)
+    assert grads["count"] == 0
+    assert grads["none"] is None
+
+
+# What they draw depends on where a leaf stands in the tree.
+DRAWING = ("tilted", "efficient", "sparse dynamic")
+
+
+@each
+def test_no_floating_leaf_at_all(name):
+    method, params = ALL[name], {"count": jnp.array(3)}
+
+    def losses(params, batch):
+        return batch["y"].astype(jnp.float32) * params["count"].astype(jnp.float32)
+
+    loss_fn = logits_loss(losses, lambda losses, batch: losses)
+    tx = method.make(0.3)
+    step = value_and_grad(tx, loss_fn, None if q_of(method) is None else losses)
+    _, grads, _ = quick_jit(step)(params, tx.init(params), BATCH)
+    assert grads["count"] == 0

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -34,3 +35,14 @@ def test_a_subset_that_does_not_match():
     tx, eps = random_subset(0.5), jnp.ones(2)
     with pytest.raises(ValueError, match="subset does not match params"):
         tx.update(eps, tx.init(eps), subset=jnp.ones(3, bool))
+
+
+def test_a_probability_of_one_as_an_integer_keeps_everything():
+    tx, eps = random_subset(beta=1), jnp.array([1.0, 2.0])
+    np.testing.assert_array_equal(tx.update(eps, tx.init(eps))[0], eps)
+
+
+@pytest.mark.parametrize("key", [jax.random.split(jax.random.key(0)), 0.5, np.zeros(2, np.uint32)])
+def test_what_is_no_key(key):
+    with pytest.raises(TypeError, match="key must be one random key"):
+        random_subset(0.5, key)

@@ -305,3 +305,11 @@ def test_errors(call, error, message):
 
 def test_one_ball():
     assert_takes_one_ball(functools.partial(sampa, optax.sgd(0.1), batch_like=W))
+
+
+def test_the_state_does_not_share_its_batch_with_the_caller():
+    batch = jnp.asarray(W)
+    _, state = SAMPA.update(None, SAMPA.init(W), W, **COMPLETE | {"batch": batch})
+    assert state.sampa_batch is not batch
+    jax.jit(lambda state: state, donate_argnums=0)(state)
+    assert not batch.is_deleted()

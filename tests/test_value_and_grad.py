@@ -7,10 +7,11 @@ import numpy as np
 import optax
 import pytest
 
-from bisam_jax import bisam, efficient_sam, l2_ball, sam, value_and_grad
+from bisam_jax import bisam, efficient_sam, l2_ball, sam, sharpness_aware, value_and_grad
 from tests.compiled import quick_jit
 from tests.problems import (
     loss_of_batch,
+    losses_of_batch,
     mlp_batch,
     mlp_logits,
     mlp_params,
@@ -205,10 +206,12 @@ def test_integer_aux_of_one_or_several_parts():
             np.testing.assert_array_equal(correct(**{name: size}), correct())
 
 
-@pytest.mark.parametrize("tx", [optax.sgd(0.1), l2_ball(0.1)], ids=["sgd", "ball"])
+@pytest.mark.parametrize(
+    "tx", [optax.sgd(0.1), l2_ball(0.1), optax.adam(0.1)], ids=["sgd", "ball", "adam"]
+)
 def test_a_transformation_that_never_descends_is_refused(tx):
     step = value_and_grad(tx, loss_of_batch, perturbation_loss_of_batch)
-    with pytest.raises(ValueError, match="tx returned no gradient"):
+    with pytest.raises(ValueError, match="tx made no gradient of perturbation_loss_fn"):
         jax.eval_shape(step, PARAMS, tx.init(PARAMS), BATCH)
 
 
@@ -315,6 +318,35 @@ def by_group_with_optimizer():
         ),
         ({"axis_name": 0}, TypeError, "axis_name must be the name of one mapped axis, got 0"),
         ({"axis_name": "batch"}, ValueError, "axis_name 'batch' is not a mapped axis here"),
+        (
+            {"tx": optax.named_chain(("sgd", optax.sgd(0.1)), ("sam", SAM))},
+            ValueError,
+            "optax.named_chain does not show whether",
+        ),
+        (
+            {"tx": optax.apply_if_finite(BISAM, 3), "q": perturbation_loss_of_batch},
+            ValueError,
+            "apply_if_finite can stand after the method",
+        ),
+        (
+            {"tx": optax.MultiSteps(SAM, 2).gradient_transformation()},
+            ValueError,
+            "tx must hand extra arguments on",
+        ),
+        (
+            {"group_size": 4, "extra": {"example_losses_fn": lambda p, i=None: p}},
+            ValueError,
+            "example_losses_fn cannot be replaced with group_size",
+        ),
+        (
+            {
+                "tx": efficient_sam(0.1),
+                "loss_fn": losses_of_batch,
+                "batch": BATCH | {"temperature": jnp.float32(1)},
+            },
+            ValueError,
+            r"batch\['temperature'\] is a scalar",
+        ),
         (by_group_with_optimizer(), ValueError, "group_size needs a tx that is the method only"),
         (
             {
@@ -360,3 +392,32 @@ def by_group_with_optimizer():
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         step_with(**arguments)
+
+
+@pytest.mark.parametrize(
+    "q", [lambda p, b: (loss_of_batch(p, b), None), lambda p, b: (loss_of_batch(p, b), {"a": 1.0})]
+)
+def test_when_needs_the_same_aux_of_both(q):
+    step = value_and_grad(
+        BISAM, with_aux(loss_of_batch), q, has_aux=True, when=lambda step: step > 3
+    )
+    message = "with when, loss_fn and perturbation_loss_fn must return value and aux of the same"
+    with pytest.raises(TypeError, match=message):
+        jax.jit(step)(PARAMS, BISAM.init(PARAMS), BATCH, step=3)
+
+
+def test_step_is_handed_on_with_when_and_without():
+    seen = []
+
+    def spy(updates, params=None, **extra_args):
+        seen.append(extra_args["step"])
+        return updates
+
+    ball = optax.stateless(lambda updates, params: updates)
+    ball = optax.GradientTransformationExtraArgs(
+        ball.init, lambda u, s, p=None, **extra: (spy(u, p, **extra), s)
+    )
+    tx = sharpness_aware(optax.chain(ball, l2_ball(0.1)))
+    for options in ({}, {"when": lambda step: step > 3}):
+        value_and_grad(tx, loss_of_batch, **options)(PARAMS, tx.init(PARAMS), BATCH, step=5)
+    assert seen == [5, 5]
