@@ -71,7 +71,7 @@ def test_bilevel_through_value_and_grad(sizes):
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="rho must be finite, >= 0"):
+    with pytest.raises(ValueError, match="rho_min must be finite, >= 0"):
         bilateral_sam(rho_min=-1.0)
     for radius in ("rho_max", "rho_min"):
         assert_takes_one_ball(bilateral_sam, **{radius: 0.3})

@@ -1,4 +1,4 @@
-import jax
+import chex
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -69,4 +69,4 @@ def test_gradients_of_another_dtype_leave_the_state_as_it_is():
     state = tx.init(params)
     grads = {"perturbation_grads": jnp.asarray(W, jnp.float64)}
     _, new_state = tx.update(None, state, params, loss_fn=lambda w: jnp.sum(w**2), **grads)
-    assert jax.tree.map(jnp.dtype, state) == jax.tree.map(jnp.dtype, new_state)
+    chex.assert_trees_all_equal_dtypes(state, new_state)
