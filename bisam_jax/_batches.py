@@ -51,12 +51,7 @@ class BatchLoss:
 
     def with_parts(self, params: Any, batch: Batch) -> tuple[jax.Array, Parts]:
         """The mean, and what it was made of."""
-        aux: Any = None
-        out: Any = self.fn(params, batch)
-        if self._has_aux and isinstance(out, tuple) and len(out) == 2:
-            out, aux = out
-        elif self._has_aux and self._is_clean:
-            raise TypeError(f"with has_aux=True, {self.name} must return (loss, aux).")
+        out, aux = self._loss_and_aux(self.fn(params, batch))
         if not is_floating_array(out) or jnp.ndim(out) > 1 or _misses_examples(out, batch):
             raise TypeError(
                 f"{self.name} must return one real floating scalar, or one loss per example of the "
@@ -65,6 +60,15 @@ class BatchLoss:
             )
         out = jnp.asarray(out, at_least_float32(jnp.result_type(out)))
         return jnp.mean(out), Parts(out if out.ndim else None, aux)
+
+    def _loss_and_aux(self, out: Any) -> tuple[Any, Any]:
+        if not self._has_aux:
+            return out, None
+        if isinstance(out, tuple) and len(out) == 2:
+            return out
+        if self._is_clean:
+            raise TypeError(f"with has_aux=True, {self.name} must return (loss, aux).")
+        return out, None
 
     def mean(self, params: Any, batch: Batch) -> jax.Array:
         """The mean over the batch."""

@@ -79,7 +79,8 @@ each_ball = pytest.mark.parametrize(
 def assert_takes_one_ball(make, **radius):
     """`make` refuses two balls at once, and what is no ball."""
     radius = radius or {"rho": 0.3}
-    with pytest.raises(ValueError, match="rho and perturbation were both given"):
+    (name,) = radius
+    with pytest.raises(ValueError, match=f"{name} and perturbation were both given"):
         make(**radius, perturbation=adaptive_l2_ball(0.3))
     with pytest.raises(TypeError, match="perturbation must be an optax transformation"):
         make(perturbation=0.3)
