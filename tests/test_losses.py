@@ -200,7 +200,8 @@ def test_where_equals_leaving_classes_out(loss):
     kept, _ = values_and_grads(loss, logits[:, :3], labels, None)
     mask = np.broadcast_to(np.arange(5) < 3, logits.shape)
     values, grads = values_and_grads(loss, np.where(mask, logits, -np.inf), labels, mask)
-    np.testing.assert_allclose(values, kept, rtol=1e-6)
+    # Near zero it is the logarithm of a sum near one, which is rounded in its own way.
+    np.testing.assert_allclose(values, kept, rtol=1e-6, atol=np.finfo(np.float32).eps)
     assert jnp.isfinite(grads).all()
     assert (grads[:, 3:] == 0).all()
 
