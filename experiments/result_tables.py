@@ -1,150 +1,26 @@
-"""Rewrites the marked tables of README.md and docs/comparing.md from experiments/results.
+"""Rewrites the marked tables of README.md and docs/comparing.md from results/.
 
 python -m experiments.result_tables
 """
 
 import dataclasses
-import itertools
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import command_line, files, results
-from experiments.methods import PLAIN
-from experiments.report import labels_in_words, setting_in_words, task_in_words
-from experiments.results import Comparison
-from experiments.significance import LEVEL, Difference
-from experiments.table import Row, label_of, rows_of
+from experiments.comparison.documents import updated
+from experiments.system import command_line, files
 
 ROOT = Path(__file__).parents[1]
-RESULTS = Path("experiments") / "results"
-_MARKED = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.S)
-
-
-def there(root: Path) -> list[Comparison]:
-    """The comparisons, one a task, by the share of wrong labels."""
-    comparisons = results.merged(results.read(root / RESULTS))
-    return sorted(comparisons, key=lambda comparison: comparison.task["label_noise"])
-
-
-def test_accuracies(comparisons: Sequence[Comparison]) -> str:
-    """A table for each data set and network, with a column for each share of wrong labels."""
-    in_order = sorted(comparisons, key=_name_of, reverse=True)
-    parts = [_table(list(group)) for _, group in itertools.groupby(in_order, _name_of)]
-    return "\n\n".join(parts) + "\n"
-
-
-def validation_accuracies(comparisons: Sequence[Comparison]) -> str:
-    """A table for each task in which several radii were tried."""
-    tables = []
-    for comparison in comparisons:
-        rows = [row for row in rows_of(comparison) if "rho" in row.swept]
-        known = [c for row in rows for c in row.candidates if "rho" in c.values]
-        radii = sorted({c.values["rho"] for c in known})
-        if not rows:
-            continue
-        lines = [
-            f"{task_in_words(comparison.task)}: validation accuracy in %",
-            "",
-            f"| rho | {' | '.join(f'{rho:g}' for rho in radii)} |",
-            f"| --- |{' --- |' * len(radii)}",
-        ]
-        for row in sorted(rows, key=lambda row: (row.method, row.epochs)):
-            cells = _by_radius(row)
-            lines.append(
-                f"| {label_of(row, rows)} | {' | '.join(cells.get(rho, '') for rho in radii)} |"
-            )
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables) + "\n"
-
-
-def updated(root: Path) -> dict[Path, str]:
-    """The files with their tables as they should be."""
-    comparisons = there(root)
-    return {
-        root / name: _MARKED.sub(
-            lambda marked, text=text: marked[1] + text + marked[2], (root / name).read_text()
-        )
-        for name, text in (
-            ("README.md", test_accuracies(comparisons)),
-            ("docs/comparing.md", validation_accuracies(comparisons)),
-        )
-    }
-
-
-def _by_radius(row: Row) -> dict[float, str]:
-    """Validation accuracies by radius; other hyperparameters are those that were chosen."""
-    if row.best is None:
-        return {}
-    rest = {name: value for name, value in row.best.values.items() if name != "rho"}
-    cells = {}
-    for candidate in row.candidates:
-        if "rho" in candidate.values and rest.items() <= candidate.values.items():
-            mean = f"{100 * candidate.validation.mean:.2f}"
-            chosen = candidate.values == row.best.values
-            text = "diverged" if candidate.diverged else f"**{mean}**" if chosen else mean
-            cells[candidate.values["rho"]] = text
-    return cells
-
-
-def _name_of(comparison: Comparison) -> str:
-    return setting_in_words(comparison.task)
-
-
-def _table(comparisons: Sequence[Comparison]) -> str:
-    columns = [
-        {(row.method, row.epochs): row for row in rows_of(comparison)} for comparison in comparisons
-    ]
-    # Plain training first, with few epochs and then with more, and others as they were asked for.
-    names = list(dict.fromkeys((r.method, r.epochs) for c in comparisons for r in c.results))
-    names.sort(key=lambda name: name[0] != PLAIN)
-    heads = [labels_in_words(comparison.task) for comparison in comparisons]
-    lines = [
-        f"**{_name_of(comparisons[0])}**: test accuracy in %, mean ± standard error over "
-        f"{_seeds_of(columns)} seeds",
-        "",
-        f"| method | epochs | {' | '.join(heads)} |",
-        f"| --- | ---: |{' --- |' * len(heads)}",
-    ]
-    for name in names:
-        cells = [_cell(column[name]) if name in column else "" for column in columns]
-        lines.append(f"| {name[0]} | {name[1]} | {' | '.join(cells)} |")
-    commands = dict.fromkeys(about["command"] for c in comparisons for about in c.origins)
-    return "\n".join([*lines, "", "```sh", *commands, "```"])
-
-
-def _seeds_of(columns: Sequence[dict[tuple[str, int], Row]]) -> str:
-    counts = {row.test.count for column in columns for row in column.values() if row.test}
-    return " to ".join(map(str, sorted({min(counts), max(counts)})))
-
-
-def _cell(row: Row) -> str:
-    if row.best is None or row.test is None:
-        return "diverged"
-    text = f"{100 * row.test.mean:.2f}"
-    if row.test.count > 1:
-        text += f" ± {100 * row.test.standard_error:.2f}"
-    emphasis = {1: "**", 0: "", -1: "*"}[_sign(row.same_epochs, row.p_values[0])]
-    mark = {1: " †", 0: "", -1: " ‡"}[_sign(row.same_gradients, row.p_values[1])]
-    rho = row.best.values.get("rho")
-    return f"{emphasis}{text}{emphasis}{mark}" + ("" if rho is None else f" (rho {rho:g})")
-
-
-def _sign(difference: Difference | None, p_value: float | None) -> int:
-    """1 if significantly better, -1 if worse, 0 if neither."""
-    if difference is None or p_value is None or p_value > 1 - LEVEL:
-        return 0
-    return 1 if difference.estimate.mean > 0 else -1
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
-    """There are none."""
+class ResultTablesOptions:
+    """The command line, which has no options."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    command_line.parse(Arguments, __doc__ or "", args)
+    command_line.parse(ResultTablesOptions, __doc__ or "", args)
     for path, text in updated(ROOT).items():
         files.write(path, text)
         print(f"wrote the tables of {path.relative_to(ROOT)}")

@@ -1,37 +1,72 @@
-"""Data sets, split and either held in memory or streamed."""
+"""Data sets: three parts of images and labels, in memory or streamed.
 
-import os
+Nothing here knows models, methods or devices. `DATASETS` is the only list of data sets.
+"""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
 
 from experiments.data.dataset import Dataset as Dataset
-from experiments.data.dataset import fingerprint as fingerprint
-from experiments.data.digits import digits as digits
+from experiments.data.dataset import Part as Part
+from experiments.data.dataset import Source as Source
+from experiments.data.digits import digits
 from experiments.data.splits import DatasetError as DatasetError
 from experiments.data.splits import Split as Split
-from experiments.data.splits import with_label_noise as with_label_noise
 from experiments.data.stream import Stream as Stream
-from experiments.data.tfds_images import MEMORY_LIMIT as MEMORY_LIMIT
-from experiments.data.tfds_images import tfds_images as tfds_images
+from experiments.data.tfds_images import tfds_images
 
 
-def load(
-    name: str,
-    *,
-    data_dir: str | os.PathLike[str] | None = None,
-    train_examples: int | None = None,
-    label_noise: float = 0.0,
-    seed: int = 0,
-    image_size: int | None = None,
-    memory_limit: int = MEMORY_LIMIT,
-    workers: int | None = None,
-) -> Dataset:
-    """A data set by its name: "digits", which is always there, or one that TFDS prepared.
+class DatasetSpec(NamedTuple):
+    """How a data set is loaded, and the defaults of a run on it.
 
-    See :func:`tfds_images` for the arguments and for what it raises.
+    Attributes:
+        load: returns the data set of a request.
+        model: name of the network.
+        epochs: passes over the training part.
+        batch_size: examples per step.
+        crop_padding: pixels by which images are shifted at most.
+        flip: whether half of the images are mirrored; a mirrored digit is no digit.
+        cutout: share of the images that lose a square.
+        checkpoint_epochs: epochs between checkpoints.
     """
-    if name != "digits":
-        return tfds_images(
-            name, data_dir, train_examples, label_noise, seed, image_size, memory_limit, workers
-        )
-    if image_size not in (None, 8):
-        raise DatasetError(f"the digits have 8x8 pixels: image_size must be 8, got {image_size}")
-    return digits(label_noise, seed, train_examples)
+
+    load: Callable[[Source], Dataset] = tfds_images
+    model: str = "resnet20"
+    epochs: int = 200
+    batch_size: int = 128
+    crop_padding: int = 0
+    flip: bool = True
+    cutout: float = 0.0
+    checkpoint_epochs: int = 1
+
+
+DATASETS = {
+    "digits": DatasetSpec(
+        digits, model="mlp", epochs=50, batch_size=32, flip=False, checkpoint_epochs=10
+    ),
+    "mnist": DatasetSpec(crop_padding=2, flip=False),
+    "svhn_cropped": DatasetSpec(crop_padding=4, flip=False),
+    "fashion_mnist": DatasetSpec(crop_padding=2),
+    "cifar10": DatasetSpec(crop_padding=4),
+    "cifar100": DatasetSpec(crop_padding=4),
+}
+
+
+def dataset_spec(name: str) -> DatasetSpec:
+    """Returns the spec of a data set. Every other name is one that TFDS prepared."""
+    return DATASETS.get(base_name(name), DatasetSpec())
+
+
+def base_name(name: str) -> str:
+    """Returns TFDS's name without configuration and version."""
+    return re.split("[/:]", name)[0]
+
+
+def load(source: Source) -> Dataset:
+    """Loads a data set.
+
+    Raises:
+        DatasetError: if it is not there, or cannot be used as requested.
+    """
+    return dataset_spec(source.name).load(source)

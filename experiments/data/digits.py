@@ -2,34 +2,36 @@
 
 import numpy as np
 
-from experiments.data.dataset import Dataset
+from experiments.data.dataset import Dataset, Source
 from experiments.data.splits import (
     SPLIT_SEED,
+    DatasetError,
     Split,
     first_examples,
     with_label_noise,
 )
 
 
-def digits(label_noise: float = 0.0, seed: int = 0, train_examples: int | None = None) -> Dataset:
-    """The 1,797 digits of 8x8 pixels of 0 to 16 that come with scikit-learn.
+def digits(source: Source) -> Dataset:
+    """Returns scikit-learn's 1,797 digits: 8x8 pixels from 0 to 16.
 
-    The split is stratified and the same for all seeds: 1,257 to train, 180 to choose the
-    checkpoint, 360 to test.
-
-    Args:
-        label_noise: share of the training and validation labels replaced by another class.
-        seed: of the label noise.
-        train_examples: that many of the training examples instead of all.
+    The split is stratified and does not depend on the seed: 1,257 examples to train, 180 to choose
+    the checkpoint, 360 to test.
 
     Raises:
-        DatasetError: if there are not so many training examples.
+        DatasetError: if more training examples, or images of another size, are requested.
 
     References:
         Alpaydin and Kaynak, `Optical Recognition of Handwritten Digits
         <https://doi.org/10.24432/C50P49>`_, UCI Machine Learning Repository, 1998
     """
-    # Imported late, for it takes 1 s, of each worker of a stream too.
+    if source.name != "digits":
+        raise DatasetError(f"the digits have no configurations or versions, got {source.name!r}")
+    if source.image_size not in (None, 8):
+        raise DatasetError(
+            f"the digits have 8x8 pixels: image_size must be 8, got {source.image_size}"
+        )
+    # Imported late: it takes 1 s, also in each worker of a stream.
     from sklearn.datasets import load_digits
 
     pixels, targets = load_digits(return_X_y=True)
@@ -37,11 +39,11 @@ def digits(label_noise: float = 0.0, seed: int = 0, train_examples: int | None =
     labels = targets.astype(np.int32)
     rest, test = _stratified(np.arange(len(labels)), labels, 360)
     train, validation = _stratified(rest, labels, 180)
-    train_rng, validation_rng = np.random.default_rng(seed).spawn(2)
+    train_rng, validation_rng = np.random.default_rng(source.seed).spawn(2)
     # Drawn for all examples, so that a smaller subset has the labels of a larger one.
-    train_labels = with_label_noise(labels[train], label_noise, 10, train_rng)
-    first = first_examples(np.arange(len(train)), train_examples)
-    validation_labels = with_label_noise(labels[validation], label_noise, 10, validation_rng)
+    train_labels = with_label_noise(labels[train], source.label_noise, 10, train_rng)
+    first = first_examples(np.arange(len(train)), source.train_examples)
+    validation_labels = with_label_noise(labels[validation], source.label_noise, 10, validation_rng)
     return Dataset(
         train=Split(images[train[first]], train_labels[first]),
         validation=Split(images[validation], validation_labels),

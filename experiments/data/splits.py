@@ -1,24 +1,52 @@
-"""A part of a data set in memory, and noise in its labels."""
+"""A part of a data set in memory, and label noise."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 SPLIT_SEED = 0
+BLOCK = 1000
 
 
 class DatasetError(ValueError):
-    """There is no such data set, or it cannot be used as asked; the message says what to do."""
+    """A data set that is missing or cannot be used as requested. The message says what to do."""
 
 
 class Split(NamedTuple):
-    """Images, uint8[examples, height, width, channels], and labels, int32[examples].
+    """Images and labels in memory: NumPy arrays, or JAX arrays once they are on devices.
 
-    NumPy arrays until they are laid over devices.
+    Attributes:
+        images: uint8[examples, height, width, channels].
+        labels: int32[examples].
     """
 
     images: Any
     labels: Any
+
+    @property
+    def streamed(self) -> bool:
+        """False."""
+        return False
+
+    @property
+    def examples(self) -> int:
+        """The number of examples."""
+        return len(self.labels)
+
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """All images and labels."""
+        return (self.images, self.labels)
+
+    def sample(self) -> Iterator[np.ndarray]:
+        """Yields all images in blocks."""
+        return (self.images[block] for block in blocks(self.examples))
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """Yields slices of at most `BLOCK` that cover `count` examples."""
+    return (slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
 
 
 def label_offsets(count: int, share: float, classes: int, rng: np.random.Generator) -> np.ndarray:

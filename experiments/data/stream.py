@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.data.image_files import centre_crop, random_resized_crop
 from experiments.data.records import Records
-from experiments.data.splits import DatasetError, Split
+from experiments.data.splits import BLOCK, DatasetError, Split
 from experiments.data.workers import made_ahead
 
 
@@ -29,8 +29,32 @@ class Stream:
     image_size: tuple[int, int]
     workers: int
 
-    def __len__(self) -> int:
+    @property
+    def streamed(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def examples(self) -> int:
+        """The number of examples."""
         return len(self.records)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of the images in the batches."""
+        return (*self.image_size, self.records.channels)
+
+    @property
+    def identity(self) -> tuple[np.ndarray, ...]:
+        """Which records there are, and their label noise."""
+        return (self.records.indices, self.records.offsets)
+
+    def sample(self) -> Iterator[np.ndarray]:
+        """Yields the central crops of the first images."""
+        return (
+            centre_crop(file, self.records.channels, self.image_size)
+            for file, _ in self.records.read(slice(0, BLOCK))
+        )
 
     def training_batches(
         self,
@@ -58,12 +82,12 @@ class Stream:
         """
         import grain
 
-        if not 1 <= batch_size <= len(self):
+        if not 1 <= batch_size <= self.examples:
             raise DatasetError(
-                f"batch_size must be at least 1 and at most {len(self)}, got {batch_size}"
+                f"batch_size must be at least 1 and at most {self.examples}, got {batch_size}"
             )
         batches = (
-            grain.MapDataset.range(len(self))
+            grain.MapDataset.range(self.examples)
             .seed(seed)
             .shuffle()
             .batch(batch_size, drop_remainder=True)
@@ -85,7 +109,7 @@ class Stream:
         """
         import grain
 
-        batches = grain.MapDataset.range(-(-len(self) // batch_size))
+        batches = grain.MapDataset.range(-(-self.examples // batch_size))
         rows = np.arange(batch_size) if rows is None else rows
         centres = functools.partial(self._centres, batch_size=batch_size, rows=rows)
         return made_ahead(batches.map(centres), self.workers)
@@ -104,7 +128,7 @@ class Stream:
 
     def _centres(self, number: int, batch_size: int, rows: np.ndarray) -> Split:
         positions = number * batch_size + rows
-        positions = positions[positions < len(self)]
+        positions = positions[positions < self.examples]
         return self._batch(positions, [centre_crop] * len(positions))
 
     def _batch(self, positions: np.ndarray, decoders: Sequence[Callable[..., np.ndarray]]) -> Split:

@@ -1,19 +1,19 @@
 """Any image classification data set of TFDS: in memory if it fits, else as streams."""
 
 import os
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from experiments.data import image_files
-from experiments.data.dataset import Dataset
+from experiments.data.dataset import Dataset, Part, Source
 from experiments.data.prepared import open_builder
 from experiments.data.records import Records
 from experiments.data.splits import (
     SPLIT_SEED,
     DatasetError,
     Split,
+    blocks,
     first_examples,
     label_offsets,
 )
@@ -32,79 +32,62 @@ STATISTICS = {
     "imagenette": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
-_BLOCK = 1000
 
+def tfds_images(source: Source, *, memory_limit: int = MEMORY_LIMIT) -> Dataset:
+    """Returns a data set that TFDS has prepared on disk.
 
-def tfds_images(
-    name: str,
-    data_dir: str | os.PathLike[str] | None = None,
-    train_examples: int | None = None,
-    label_noise: float = 0.0,
-    seed: int = 0,
-    image_size: int | None = None,
-    memory_limit: int = MEMORY_LIMIT,
-    workers: int | None = None,
-) -> Dataset:
-    """A data set that TFDS has prepared on disk.
-
-    Of TFDS's training split 90 % are to train and the rest to choose the checkpoint, by one
-    permutation for all seeds. The test split is TFDS's `test`, or its `validation` where there is
-    no `test` with labels.
+    90 % of TFDS's training split are the training part, and 10 % choose the checkpoint. This split
+    does not depend on the seed. The test part is TFDS's `test`, or `validation` if `test` is
+    missing or has no labels. Images are streamed if they differ in size, if another `image_size`
+    is requested, or if they need more memory than the limit.
 
     Args:
-        name: as TFDS writes it: `name`, `name/config`, `name:version` or `name/config:version`.
-        data_dir: where TFDS put it, by default where TFDS puts everything.
-        train_examples: that many of the training examples instead of all.
-        label_noise: share of the training and validation labels replaced by another class.
-        seed: of the label noise.
-        image_size: side in pixels. Images of another size are streamed, and so are those that
-            differ in size, by default at 224.
+        source: the request.
         memory_limit: in bytes; what needs more is streamed.
-        workers: of a stream, by default one for each CPU up to 16; 0 for none.
 
     Raises:
-        DatasetError: if it is not on disk, not in array_record format, not an image
-            classification data set, or has fewer training examples.
+        DatasetError: if the data set is not on disk, not in array_record format, not an image
+            classification data set, or has fewer training examples than requested.
 
     References:
         `tensorflow.org/datasets <https://www.tensorflow.org/datasets>`_. The statistics of
         ImageNet are those of torchvision, and Imagenette is a part of it.
     """
-    builder = open_builder(name, data_dir)
+    builder = open_builder(source.name, source.data_dir)
     image_key, label_key = _keys(builder.info)
     *size, channels = builder.info.features[image_key].shape
     classes = builder.info.features[label_key].num_classes
-    train_source, test_source = _sources(builder, label_key)
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(train_source))
+    train_records, test_records = _sources(builder, label_key)
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(train_records))
     held_out = max(1, round(VALIDATION_SHARE * len(order)))
-    train_rng, validation_rng = np.random.default_rng(seed).spawn(2)
+    train_rng, validation_rng = np.random.default_rng(source.seed).spawn(2)
 
-    def records(source: Any, indices: np.ndarray, offsets: np.ndarray) -> Records:
-        return Records(source, image_key, label_key, channels, classes, indices, offsets)
+    def records(known: Any, indices: np.ndarray, offsets: np.ndarray) -> Records:
+        return Records(known, image_key, label_key, channels, classes, indices, offsets)
 
     def noisy(indices: np.ndarray, count: int | None, rng: np.random.Generator) -> Records:
         # Drawn for all examples, so that a smaller subset has the labels of a larger one.
-        offsets = label_offsets(len(indices), label_noise, classes, rng)
+        offsets = label_offsets(len(indices), source.label_noise, classes, rng)
         first = first_examples(np.arange(len(indices)), count)
-        return records(train_source, indices[first], offsets[first])
+        return records(train_records, indices[first], offsets[first])
 
-    test = np.arange(len(test_source))
+    test = np.arange(len(test_records))
     parts = [
-        noisy(order[held_out:], train_examples, train_rng),
+        noisy(order[held_out:], source.train_examples, train_rng),
         noisy(order[:held_out], None, validation_rng),
-        records(test_source, test, np.zeros_like(test)),
+        records(test_records, test, np.zeros_like(test)),
     ]
-    as_stored = None not in size and size == [image_size or length for length in size]
+    as_stored = None not in size and size == [source.image_size or length for length in size]
     if as_stored and sum(map(len, parts)) * np.prod([*size, channels]) <= memory_limit:
         shape = (size[0], size[1], channels)
         train, validation, test = (_in_memory(part, shape) for part in parts)
     else:
-        height, width = size if as_stored else 2 * [image_size or IMAGE_SIZE]
+        height, width = size if as_stored else 2 * [source.image_size or IMAGE_SIZE]
         shape = (height, width, channels)
-        processes = min(16, os.cpu_count() or 1) if workers is None else workers
+        processes = min(16, os.cpu_count() or 1) if source.workers is None else source.workers
         train, validation, test = (Stream(part, (height, width), processes) for part in parts)
     mean, std = _statistics(builder.info.name, train)
-    return Dataset(train, validation, test, classes, shape, mean, std, name)
+    return Dataset(train, validation, test, classes, shape, mean, std, source.name)
 
 
 def _keys(info: Any) -> tuple[str, str]:
@@ -168,20 +151,20 @@ def _sources(builder: Any, label_key: str) -> tuple[Any, Any]:
 def _in_memory(records: Records, shape: tuple[int, int, int]) -> Split:
     images = np.empty((len(records), *shape), np.uint8)
     labels = np.empty(len(records), np.int32)
-    for block in _blocks(len(records)):
+    for block in blocks(len(records)):
         files, labels[block] = zip(*records.read(block), strict=True)
         for image, file in zip(images[block], files, strict=True):
             image[:] = image_files.decode(file, records.channels)
     return Split(images, labels)
 
 
-def _statistics(name: str, train: Split | Stream) -> tuple[np.ndarray, np.ndarray]:
+def _statistics(name: str, train: Part) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation: float32[channels] in the units of the images."""
     if name in STATISTICS:
         mean, std = (255 * np.asarray(values) for values in STATISTICS[name])
     else:
         count, total, squares = 0, np.zeros(1), np.zeros(1)
-        for images in _sample(train):
+        for images in train.sample():
             pixels = images.reshape(-1, images.shape[-1]).astype(np.float64)
             count, total = count + len(pixels), total + pixels.sum(0)
             squares = squares + np.square(pixels).sum(0)
@@ -189,18 +172,3 @@ def _statistics(name: str, train: Split | Stream) -> tuple[np.ndarray, np.ndarra
         variance = squares / count - mean**2
         std = np.sqrt(np.where(variance > 0, variance, 1))
     return mean.astype(np.float32), std.astype(np.float32)
-
-
-def _sample(train: Split | Stream) -> Iterable[np.ndarray]:
-    """All images in blocks, or those of a stream that come first, one by one."""
-    if isinstance(train, Split):
-        return (train.images[block] for block in _blocks(len(train.images)))
-    records, size = train.records, train.image_size
-    return (
-        image_files.centre_crop(file, records.channels, size)
-        for file, _ in records.read(slice(0, _BLOCK))
-    )
-
-
-def _blocks(count: int) -> Iterator[slice]:
-    return (slice(start, min(start + _BLOCK, count)) for start in range(0, count, _BLOCK))

@@ -1,7 +1,6 @@
-"""Flax NNX models, and their pure form.
+"""Flax NNX models, and their pure form: functions of parameters and batch statistics.
 
-The library and the training loop see no modules: :func:`create` gives a pure function of
-parameters and batch statistics, and their initial values.
+Nothing here knows data sets, methods or training. `ARCHITECTURES` is the only list of models.
 """
 
 from collections.abc import Callable

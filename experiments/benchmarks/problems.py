@@ -1,0 +1,45 @@
+"""What the benchmarks measure on: networks, and images that need no data set."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+import bisam_jax
+from experiments import data
+
+IMAGE_SHAPE = (28, 28, 1)
+CLASSES = 10
+# Each network's layers, in words, and its options.
+NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mlp": ("784-512-512-10", {"width": 512}),
+    "cnn": ("32-64-128", {}),
+    "resnet20": ("16-32-64", {}),
+}
+
+
+def losses_of(apply: Callable, stats: Any) -> tuple[Callable, Callable]:
+    """Returns L (cross-entropy) and Q (BiSAM's -log), `(params, batch) -> mean`."""
+
+    def mean_of(per_example: Callable) -> Callable:
+        def fn(params: Any, batch: data.Split) -> jax.Array:
+            logits, _ = apply(params, stats, batch.images, train=True)
+            return per_example(logits, batch.labels).mean()
+
+        return fn
+
+    cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
+    return mean_of(cross_entropy), mean_of(bisam_jax.perturbation_loss)
+
+
+def random_images(examples: int) -> data.Dataset:
+    """Returns random images of 32x32x3 in ten classes, the same in all three parts."""
+    rng = np.random.default_rng(0)
+    split = data.Split(
+        rng.integers(0, 256, (examples, 32, 32, 3), np.uint8),
+        rng.integers(0, 10, examples, np.int32),
+    )
+    grey = np.full(3, 127.5, np.float32)
+    return data.Dataset(split, split, split, 10, (32, 32, 3), grey, grey, "random")

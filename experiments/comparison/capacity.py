@@ -1,0 +1,100 @@
+"""How many replicas to train at once.
+
+Matrix products of many replicas become one batched product, so these are trained together.
+Convolutions of many replicas become grouped convolutions, which XLA on CPU runs many times slower
+than one after another: there, every device trains one run at a time. On other devices both ways
+are timed.
+"""
+
+import statistics
+import time
+
+import jax
+
+from experiments import models
+from experiments.comparison.replicas import Replicas
+from experiments.run.experiment import Experiment
+from experiments.system import machine
+from experiments.system.command_line import ArgumentError
+
+# Per device. More gain nothing on CPU, since they leave its caches (docs/comparing.md).
+AT_ONCE_ON_CPU = 4
+SHARE_OF_MEMORY = 0.8
+
+
+def program(experiment: Experiment, runs: int, limit: int | None) -> Replicas:
+    """Returns the program that trains some of `runs` replicas at once.
+
+    Args:
+        experiment: one of the replicas.
+        runs: number of replicas.
+        limit: largest number at once; None for as many as is fast and fits in memory.
+
+    Raises:
+        ArgumentError: if the limit, or a single replica, does not fit in memory.
+    """
+    if not models.ARCHITECTURES[experiment.recipe.model].convolutional:
+        return _together(experiment, runs, limit)
+    alone = _fitting(experiment, min(runs, limit or runs, jax.local_device_count()), limit, False)
+    if jax.default_backend() == "cpu" or runs == 1:
+        return alone
+    together = _together(experiment, runs, limit)
+    seconds = [seconds_per_epoch(way) / way.count for way in (alone, together)]
+    print(f"an epoch of a run takes {seconds[0]:.2f} s alone, {seconds[1]:.2f} s among others")
+    return min(zip(seconds, (alone, together), strict=True), key=lambda pair: pair[0])[1]
+
+
+def seconds_per_epoch(program: Replicas) -> float:
+    """Returns the time of an epoch of all replicas, evaluation included; a median."""
+    population = program.first(program.example)
+    seconds: list[float] = []
+    while len(seconds) < 2 or (len(seconds) < 6 and sum(seconds[1:]) < 1):
+        begun = time.perf_counter()
+        population, _ = program.epoch(population, program.example, 0)
+        seconds.append(time.perf_counter() - begun)
+    return statistics.median(seconds[1:])
+
+
+def _together(experiment: Experiment, runs: int, limit: int | None) -> Replicas:
+    most = min(runs, limit or runs)
+    if limit is None and jax.default_backend() == "cpu":
+        most = min(most, AT_ONCE_ON_CPU * jax.local_device_count())
+    # Parts as even as possible; the last one is filled up.
+    parts = -(-runs // most)
+    return _fitting(experiment, -(-runs // parts), limit, True)
+
+
+def _fitting(
+    experiment: Experiment,
+    count: int,
+    limit: int | None,
+    at_once: bool,
+    most_devices: int | None = None,
+) -> Replicas:
+    devices = jax.local_devices()[: min(count, most_devices or count)]
+    rounded = -(-count // len(devices)) * len(devices)
+    if limit is not None and rounded > limit:
+        rounded -= len(devices)
+    made = Replicas(experiment, rounded, at_once=at_once, devices=devices)
+    # The devices of a CPU share its memory.
+    shared = len(devices) if jax.default_backend() == "cpu" else 1
+    free = SHARE_OF_MEMORY * machine.free_bytes() / shared
+    if made.bytes <= free:
+        return made
+    takes = f"about {made.bytes / 2**30:.2f} GiB on each of {len(devices)} devices"
+    there = f"{free / 2**30:.2f} GiB are there"
+    fit = int(rounded * free / made.bytes) // len(devices) * len(devices)
+    if fit == 0 and len(devices) > 1:
+        fewer = len(devices) // 2
+        return _fitting(experiment, count if at_once else fewer, limit, at_once, fewer)
+    if fit == 0:
+        raise ArgumentError(
+            f"--batch-size {experiment.recipe.batch_size} is too large: {rounded} runs at once "
+            f"take {takes}, {there}, and not one fits; --microbatch-size makes them smaller"
+        )
+    if limit is not None:
+        raise ArgumentError(
+            f"--replicas-at-once {limit} is too many: {rounded} take {takes}, {there}; at most "
+            f"{fit} fit"
+        )
+    return Replicas(experiment, fit, at_once=at_once, devices=devices)

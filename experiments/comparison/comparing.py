@@ -1,0 +1,137 @@
+"""A comparison from start to end: a grid is trained, or results are read, and reported."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.comparison import report, results
+from experiments.comparison.grid import Grid
+from experiments.comparison.grid_run import GridRun, examples_of
+from experiments.comparison.results import Comparison
+from experiments.system import files, machine
+from experiments.system.command_line import ArgumentError
+from experiments.system.interruption import Interruption
+
+
+def compare(
+    grid: Grid,
+    folder: Path,
+    *,
+    command: str,
+    baseline: str | None = None,
+    replicas_at_once: int | None = None,
+) -> None:
+    """Trains the runs of a grid that have no result in the folder, and writes the report.
+
+    Args:
+        grid: what is compared.
+        folder: where results are written; a comparison of the same grid in it is resumed.
+        command: recorded with the results.
+        baseline: label of the method that the others are compared with; by default sgd if it is
+            there, else the first.
+        replicas_at_once: largest number of runs at once; None for as many as is fast and fits.
+
+    Raises:
+        ArgumentError: if the grid does not fit the data, the memory or what is in the folder.
+        DatasetError: if the data set is not there.
+        CheckpointError: if a checkpoint of runs under way cannot be read.
+        KeyboardInterrupt: after a signal; the same call then resumes.
+    """
+    asked, examples = grid.recipes(), examples_of(grid)  # before anything is written
+    steps_per_epoch = examples.experiment(asked[0]).steps_per_epoch
+    recipes = asked + grid.longer_plain(asked, steps_per_epoch)
+    about = {"task": grid.task, "grid": _as_json(grid), "runs": len(recipes), "command": command}
+    about |= {"versions": machine.versions(), "hardware": machine.hardware()}
+    with _locked(folder), Interruption() as interruption:
+        comparison = _opened(folder, about)
+        (origin,) = comparison.origins
+        run = GridRun(grid, recipes, examples, comparison, folder, replicas_at_once, interruption)
+        if run.missing:
+            _note_continuation(origin, about)
+            results.write_about(folder, origin)
+        run.train()
+        report.write(folder, report.sections_of([comparison], baseline))
+
+
+def report_again(folders: Sequence[Path], folder: Path, baseline: str | None = None) -> None:
+    """Writes one report of the results in several folders.
+
+    Args:
+        folders: folders of comparisons or of runs of experiments.train, or folders of such.
+        folder: a new folder to write to.
+        baseline: see :func:`compare`.
+
+    Raises:
+        ArgumentError: if results cannot be read, or the folder exists.
+    """
+    comparisons = results.merged(itertools.chain.from_iterable(map(results.read, folders)))
+    sections = report.sections_of(comparisons, baseline)
+    try:
+        files.check_new(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"--output must be a new folder: {error}") from error
+    report.write(folder, sections)
+    results.write_merged(folder, comparisons)
+
+
+def _opened(folder: Path, about: dict[str, Any]) -> Comparison:
+    """Returns the comparison of this grid in the folder, which is empty in a new folder."""
+    path, grid = folder / "comparison.json", about["grid"]
+    begun = [folder / "runs.csv", folder / "under-way", folder / "runs"]
+    if not any(known.exists() for known in begun):
+        return Comparison(about["task"], [], [about])
+    defaults = _as_json(Grid())
+    try:
+        there = json.loads(path.read_text())
+        # A comparison of an older version may lack an option.
+        values = {name: there["grid"].get(name, defaults.get(name)) for name in grid}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ArgumentError(
+            f"--output {folder} has no comparison that can be resumed: give another folder"
+        ) from error
+    if odd := [name for name in grid if values[name] != grid[name]]:
+        raise ArgumentError(
+            f"--output {folder} has another comparison: its --{odd[0].replace('_', '-')} is "
+            f"{values[odd[0]]}, not {grid[odd[0]]}"
+        )
+    if results.there_are_any(folder):
+        (comparison,) = results.read(folder)
+        return comparison
+    return Comparison(about["task"], [], [there])
+
+
+def _note_continuation(origin: dict[str, Any], about: dict[str, Any]) -> None:
+    """Records in `origin` what computes from now on, if it has changed."""
+    now = {name: about[name] for name in ("versions", "hardware")}
+    before = [origin, *origin.get("continued", [])][-1]
+    if now != {name: before.get(name) for name in now}:
+        origin["continued"] = [*origin.get("continued", []), now]
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Makes the folder, unless it holds a comparison, and locks it."""
+    try:
+        if not (folder / "comparison.json").exists():
+            files.check_new(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = contextlib.ExitStack()
+        lock.enter_context(files.locked(folder))
+    except BlockingIOError as error:
+        raise ArgumentError(f"--output {error}") from error
+    except OSError as error:
+        raise ArgumentError(f"--output must be a folder to write to: {error}") from error
+    with lock:
+        yield
+
+
+def _as_json(grid: Grid) -> dict[str, Any]:
+    """Returns what makes two comparisons the same, without where data lie and are computed."""
+    names = {field.name for field in dataclasses.fields(Grid)} - {"data_dir", "workers"}
+    # Through JSON, like what is read: tuples become lists.
+    return json.loads(json.dumps({name: getattr(grid, name) for name in sorted(names)}))

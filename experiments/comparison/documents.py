@@ -1,0 +1,132 @@
+"""The tables in README.md and docs/comparing.md, made from the folder results/."""
+
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.comparison import results
+from experiments.comparison.results import Comparison
+from experiments.comparison.significance import LEVEL, Difference
+from experiments.comparison.table import Row, row_name, rows_of
+from experiments.comparison.words import labels_in_words, setting_in_words, task_in_words
+from experiments.config.methods import PLAIN
+
+RESULTS = Path("results")
+_MARKED = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.S)
+
+
+def there(root: Path) -> list[Comparison]:
+    """Returns the comparisons, one per task, in the order of their label noise."""
+    comparisons = results.merged(results.read(root / RESULTS))
+    return sorted(comparisons, key=lambda comparison: comparison.task["label_noise"])
+
+
+def test_accuracies(comparisons: Sequence[Comparison]) -> str:
+    """Returns a table per data set and network, with a column per share of wrong labels."""
+    in_order = sorted(comparisons, key=_name_of, reverse=True)
+    parts = [_table(list(group)) for _, group in itertools.groupby(in_order, _name_of)]
+    return "\n\n".join(parts) + "\n"
+
+
+def validation_accuracies(comparisons: Sequence[Comparison]) -> str:
+    """Returns a table per task with several radii."""
+    tables = []
+    for comparison in comparisons:
+        rows = [row for row in rows_of(comparison) if "rho" in row.swept]
+        known = [c for row in rows for c in row.candidates if "rho" in c.values]
+        radii = sorted({c.values["rho"] for c in known})
+        if not rows:
+            continue
+        lines = [
+            f"{task_in_words(comparison.task)}: validation accuracy in %",
+            "",
+            f"| rho | {' | '.join(f'{rho:g}' for rho in radii)} |",
+            f"| --- |{' --- |' * len(radii)}",
+        ]
+        for row in sorted(rows, key=lambda row: (row.method, row.epochs)):
+            cells = _by_radius(row)
+            lines.append(
+                f"| {row_name(row, rows)} | {' | '.join(cells.get(rho, '') for rho in radii)} |"
+            )
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables) + "\n"
+
+
+def updated(root: Path) -> dict[Path, str]:
+    """Returns the files that hold tables, with their tables made anew."""
+    comparisons = there(root)
+    return {
+        root / name: _MARKED.sub(
+            lambda marked, text=text: marked[1] + text + marked[2], (root / name).read_text()
+        )
+        for name, text in (
+            ("README.md", test_accuracies(comparisons)),
+            ("docs/comparing.md", validation_accuracies(comparisons)),
+        )
+    }
+
+
+def _by_radius(row: Row) -> dict[float, str]:
+    """Returns validation accuracies by radius, with the chosen values otherwise."""
+    if row.best is None:
+        return {}
+    rest = {name: value for name, value in row.best.values.items() if name != "rho"}
+    cells = {}
+    for candidate in row.candidates:
+        if "rho" in candidate.values and rest.items() <= candidate.values.items():
+            mean = f"{100 * candidate.validation.mean:.2f}"
+            chosen = candidate.values == row.best.values
+            text = "diverged" if candidate.diverged else f"**{mean}**" if chosen else mean
+            cells[candidate.values["rho"]] = text
+    return cells
+
+
+def _name_of(comparison: Comparison) -> str:
+    return setting_in_words(comparison.task)
+
+
+def _table(comparisons: Sequence[Comparison]) -> str:
+    columns = [
+        {(row.method, row.epochs): row for row in rows_of(comparison)} for comparison in comparisons
+    ]
+    # Plain training first, by its epochs, then the other methods in their order.
+    names = list(dict.fromkeys((r.method, r.epochs) for c in comparisons for r in c.results))
+    names.sort(key=lambda name: name[0] != PLAIN)
+    heads = [labels_in_words(comparison.task) for comparison in comparisons]
+    lines = [
+        f"**{_name_of(comparisons[0])}**: test accuracy in %, mean ± standard error over "
+        f"{_seeds_of(columns)} seeds",
+        "",
+        f"| method | epochs | {' | '.join(heads)} |",
+        f"| --- | ---: |{' --- |' * len(heads)}",
+    ]
+    for name in names:
+        cells = [_cell(column[name]) if name in column else "" for column in columns]
+        lines.append(f"| {name[0]} | {name[1]} | {' | '.join(cells)} |")
+    commands = dict.fromkeys(about["command"] for c in comparisons for about in c.origins)
+    return "\n".join([*lines, "", "```sh", *commands, "```"])
+
+
+def _seeds_of(columns: Sequence[dict[tuple[str, int], Row]]) -> str:
+    counts = {row.test.count for column in columns for row in column.values() if row.test}
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
+
+
+def _cell(row: Row) -> str:
+    if row.best is None or row.test is None:
+        return "diverged"
+    text = f"{100 * row.test.mean:.2f}"
+    if row.test.count > 1:
+        text += f" ± {100 * row.test.standard_error:.2f}"
+    emphasis = {1: "**", 0: "", -1: "*"}[_sign(row.same_epochs, row.p_values[0])]
+    mark = {1: " †", 0: "", -1: " ‡"}[_sign(row.same_gradients, row.p_values[1])]
+    rho = row.best.values.get("rho")
+    return f"{emphasis}{text}{emphasis}{mark}" + ("" if rho is None else f" (rho {rho:g})")
+
+
+def _sign(difference: Difference | None, p_value: float | None) -> int:
+    """Returns 1 for significantly better, -1 for worse, 0 for neither."""
+    if difference is None or p_value is None or p_value > 1 - LEVEL:
+        return 0
+    return 1 if difference.estimate.mean > 0 else -1

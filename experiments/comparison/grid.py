@@ -1,0 +1,140 @@
+"""A grid of runs that differ in method, hyperparameters and seed."""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from experiments.config.config import (
+    Config,
+    SeveralHyperparameters,
+    Task,
+    check_ranges,
+    option_of,
+)
+from experiments.config.hyperparameters import HYPERPARAMETERS, STRUCTURAL, Range
+from experiments.config.methods import METHODS, label_of
+from experiments.config.recipe import PERTURBATION_OPTIONS, Recipe, resolve
+from experiments.system.command_line import ArgumentError
+
+_OF_A_RUN = ("data_dir", "workers", "epochs")
+# Runs that agree in these can be compared.
+TASK = tuple(field.name for field in dataclasses.fields(Task) if field.name not in _OF_A_RUN)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid(SeveralHyperparameters, Task):
+    """Every method, with every value of its hyperparameters, from every seed."""
+
+    methods: tuple[str, ...] = ("sgd", "sam", "bisam-log", "bisam-tanh")
+    """Methods of experiments.train. METHOD+log and METHOD+tanh ascend BiSAM's losses."""
+    seeds: int = 8
+    """Number of runs each. A seed fixes initialization, order of the examples, augmentation and
+    label noise for all methods."""
+    first_seed: int = 0
+    """The first seed; the others follow it. Other seeds confirm what was chosen with these."""
+    equal_gradients: bool = True
+    """Also train sgd for as many epochs as take the gradients that each other method takes."""
+
+    def __post_init__(self) -> None:
+        """Refuses what cannot be compared, by the names of the command line."""
+        check_ranges(self, {"seeds": Range(1), "first_seed": Range(0)})
+        if not self.methods:
+            raise ArgumentError("--methods must name at least one method")
+        _check_once("--methods", self.labels)
+        for name in HYPERPARAMETERS:
+            values = getattr(self, name)
+            if values is None:
+                continue
+            if not values:
+                raise ArgumentError(f"{option_of(name)} must have at least one value")
+            _check_once(option_of(name), values)
+            if not any(
+                name in self._recipe(method, 0, {}).hyperparameters for method in self.methods
+            ):
+                raise ArgumentError(
+                    f"{option_of(name)} has no meaning for any of --methods "
+                    f"{' '.join(self.methods)}"
+                )
+        self.recipes()  # which refuses impossible values
+
+    @property
+    def labels(self) -> list[str]:
+        """The methods by their labels."""
+        return [label_of(method, perturbation or "ce") for method, perturbation in self._parsed]
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """What all runs have in common, as JSON values."""
+        # As a method has it that can follow all options.
+        return task_of(self, resolve(self._config("sam", None, 0, {})))
+
+    def recipes(self) -> list[Recipe]:
+        """Returns all runs of the grid; those that can share a program are neighbours."""
+        return [recipe for name in self.methods for recipe in self._recipes_of(name)]
+
+    def longer_plain(self, recipes: Sequence[Recipe], steps_per_epoch: int) -> list[Recipe]:
+        """Returns plain training for as many epochs as take the gradients of each of `recipes`."""
+        plain = [recipe for recipe in recipes if recipe.method_spec.is_plain]
+        if not (plain and self.equal_gradients):
+            return []
+        epochs = plain[0].epochs
+        multiples = {recipe.gradients_per_step(steps_per_epoch * epochs) for recipe in recipes}
+        longer = sorted({round(epochs * multiple) for multiple in multiples} - {epochs})
+        return [dataclasses.replace(recipe, epochs=more) for more in longer for recipe in plain]
+
+    def _recipes_of(self, name: str) -> list[Recipe]:
+        known = self._recipe(name, 0, {}).hyperparameters
+        swept = {name: getattr(self, name) for name in known if getattr(self, name) is not None}
+        # What changes the program varies slowest.
+        names = sorted(swept, key=lambda name: name not in STRUCTURAL)
+        seeds = range(self.first_seed, self.first_seed + self.seeds)
+        grid = itertools.product(*(swept[name] for name in names), seeds)
+        return [
+            self._recipe(name, seed, dict(zip(names, values, strict=True)))
+            for *values, seed in grid
+        ]
+
+    @property
+    def _parsed(self) -> list[tuple[str, str | None]]:
+        return [parsed(name) for name in self.methods]
+
+    def _recipe(self, name: str, seed: int, values: dict[str, Any]) -> Recipe:
+        return resolve(self._config(*parsed(name), seed, values))
+
+    def _config(self, method: str, perturbation: Any, seed: int, values: dict[str, Any]) -> Config:
+        task = {field.name: getattr(self, field.name) for field in dataclasses.fields(Task)}
+        if METHODS[method].is_plain:
+            task |= PERTURBATION_OPTIONS
+        return Config(**task, **values, method=method, perturbation=perturbation, seed=seed)
+
+
+def task_of(asked: Task, recipe: Recipe) -> dict[str, Any]:
+    """Returns what a run shares with those that it can be compared with, as JSON values."""
+    return {name: getattr(recipe, name, getattr(asked, name)) for name in TASK}
+
+
+def parsed(name: str) -> tuple[str, str | None]:
+    """Returns the method and the ascended loss of "METHOD" or "METHOD+PERTURBATION".
+
+    The loss is None where the method has its own.
+
+    Raises:
+        ArgumentError: if there is no such method.
+    """
+    method, _, perturbation = name.partition("+")
+    spec = METHODS.get(method)
+    fixed = spec is not None and (spec.is_plain or spec.ascends is not None)
+    if spec is None or (perturbation and fixed) or perturbation not in ("", "log", "tanh"):
+        raise ArgumentError(
+            f"--methods has no {name!r}: use {', '.join(METHODS)}, and METHOD+log or "
+            "METHOD+tanh for every method except sgd and bisam-*"
+        )
+    return method, perturbation or None
+
+
+def _check_once(option: str, values: Iterable[Any]) -> None:
+    for value, count in collections.Counter(values).items():
+        if count > 1:
+            raise ArgumentError(f"{option} has {value} twice")

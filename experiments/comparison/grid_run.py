@@ -1,0 +1,262 @@
+"""Trains the runs of a grid, many at once, and keeps what is finished."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import shutil
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from experiments import data
+from experiments.comparison import capacity, results
+from experiments.comparison.grid import Grid
+from experiments.comparison.replicas import Labels, Replicas, labels_of
+from experiments.comparison.results import DIVERGED, FINISHED, Comparison, Result
+from experiments.config.config import Config, Place
+from experiments.config.hyperparameters import STRUCTURAL
+from experiments.config.recipe import Recipe, filled_in
+from experiments.run.checkpoints import Checkpoints
+from experiments.run.experiment import Experiment, experiment_of
+from experiments.run.folder import read_config
+from experiments.run.loop import NonFiniteLossError
+from experiments.run.training import train
+from experiments.step.layout import layout_of
+from experiments.system import progress
+from experiments.system.interruption import Interruption
+
+SECONDS_BETWEEN_SAVES = 60
+
+
+class Examples(NamedTuple):
+    """What the runs of a grid are trained on.
+
+    Attributes:
+        dataset: the data set, with the labels of the first seed.
+        labels: the labels of each seed; none if the data set is streamed.
+    """
+
+    dataset: data.Dataset
+    labels: dict[int, Labels]
+
+    def experiment(self, recipe: Recipe) -> Experiment:
+        """Returns the experiment of a run, on one device.
+
+        Raises:
+            ArgumentError: if the recipe does not fit the data.
+        """
+        return experiment_of(recipe, self.dataset, layout_of(recipe, Place(devices=1)))
+
+
+def examples_of(grid: Grid) -> Examples:
+    """Loads the examples of a grid.
+
+    Raises:
+        DatasetError: if the data set is not there.
+    """
+    first = data.load(grid.source(grid.first_seed))
+    if first.train.streamed:
+        return Examples(first, {})
+    labels = {}
+    for seed in range(grid.first_seed, grid.first_seed + grid.seeds):
+        noisy = grid.label_noise > 0 and seed != grid.first_seed
+        labels[seed] = labels_of(data.load(grid.source(seed)) if noisy else first)
+    return Examples(first, labels)
+
+
+class GridRun:
+    """Trains those runs of a grid that have no result yet.
+
+    Args:
+        grid: the options that all runs share.
+        recipes: the runs; those that can share a program are neighbours.
+        examples: what they are trained on.
+        comparison: the results so far, to which new ones are added.
+        folder: where results are written, and checkpoints of the runs under way.
+        replicas_at_once: largest number of runs at once; None for as many as is fast and fits.
+        interruption: asked after every epoch.
+
+    Attributes:
+        missing: keys of the runs without a result.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        recipes: Sequence[Recipe],
+        examples: Examples,
+        comparison: Comparison,
+        folder: Path,
+        replicas_at_once: int | None,
+        interruption: Interruption,
+    ) -> None:
+        self._grid, self._examples = grid, examples
+        self._comparison, self._folder = comparison, folder
+        self._limit, self._interruption = replicas_at_once, interruption
+        done = {result.key for result in comparison.results}
+        self.missing = {recipe.key for recipe in recipes} - done
+        # Whole groups: part of a group that was stopped is found again if its parts are the same.
+        groups = [list(group) for _, group in itertools.groupby(recipes, _program_of)]
+        self._groups = [group for group in groups if self._missing_in(group)]
+
+    def train(self) -> None:
+        """Trains all missing runs.
+
+        Raises:
+            ArgumentError: if the replicas do not fit in memory.
+            CheckpointError: if a checkpoint of runs under way cannot be read.
+            KeyboardInterrupt: after a signal, once everything is saved.
+        """
+        total = sum(run.epochs for group in self._groups for run in self._missing_in(group))
+        with progress.shown(total, "epoch") as bar:
+            for group in self._groups:
+                if self._examples.dataset.train.streamed:
+                    self._train_one_by_one(group, bar)
+                else:
+                    self._train_together(group, bar)
+        shutil.rmtree(self._folder / "under-way", ignore_errors=True)
+
+    def _missing_in(self, group: Sequence[Recipe]) -> list[Recipe]:
+        return [recipe for recipe in group if recipe.key in self.missing]
+
+    def _train_one_by_one(self, group: list[Recipe], bar: progress.Bar) -> None:
+        for recipe in self._missing_in(group):
+            self._add([_trained_alone(self._grid, recipe, self._folder / "runs")])
+            bar.advance(recipe.epochs)
+            if self._interruption.signal is not None:
+                raise KeyboardInterrupt
+
+    def _train_together(self, group: list[Recipe], bar: progress.Bar) -> None:
+        begun = time.perf_counter()
+        experiment = self._examples.experiment(group[0])
+        program = capacity.program(experiment, len(group), self._limit)
+        progress.write(
+            f"{group[0].label}, {group[0].epochs} epochs: {len(self._missing_in(group))} runs, "
+            f"{program.count} at once, compiled in {time.perf_counter() - begun:.1f} s"
+        )
+        for first in range(0, len(group), program.count):
+            if part := self._missing_in(group[first : first + program.count]):
+                self._add(self._train_part(experiment, program, part, bar))
+
+    def _train_part(
+        self, experiment: Experiment, program: Replicas, part: list[Recipe], bar: progress.Bar
+    ) -> list[Result]:
+        """Trains at most as many runs as the program is for, from their last checkpoint."""
+        inputs = program.inputs(part, self._examples.labels)
+        population = program.first(inputs)
+        history: list[list[list[float]]] = []  # per epoch: loss, accuracy, validation loss
+        seconds: list[float] = []
+        checkpoints = Checkpoints(self._folder / "under-way" / _name_of(part, program.count), 1)
+        if saved := checkpoints.steps():
+            population, so_far = checkpoints.restore(saved[-1], population)
+            history, seconds = so_far["history"], so_far["seconds"]
+            bar.advance(len(history) * len(part))
+        saved_at = time.perf_counter()
+        for number in range(len(history), part[0].epochs):
+            begun = time.perf_counter()
+            population, epoch = program.epoch(population, inputs, number)
+            seconds.append(time.perf_counter() - begun)
+            history.append([values.tolist() for values in epoch])
+            bar.advance(len(part))
+            stopping = self._interruption.signal is not None
+            if stopping or time.perf_counter() - saved_at > SECONDS_BETWEEN_SAVES:
+                so_far = {"history": list(history), "seconds": list(seconds)}
+                checkpoints.save(number + 1, population, so_far)
+                saved_at = time.perf_counter()
+            if stopping:
+                checkpoints.close()
+                raise KeyboardInterrupt
+        checkpoints.close()
+        # The first epoch compiles what is small.
+        epoch_seconds = statistics.median(seconds[1:] or seconds) / program.count
+        milliseconds = 1000 * epoch_seconds / experiment.steps_per_epoch
+        steps = experiment.total_steps
+        tests = program.test(population)
+        curves = np.moveaxis(np.asarray(history), -1, 0)
+        return [
+            _result(run, steps, curve, test, milliseconds, program.count)
+            for run, curve, test in zip(part, curves, tests, strict=False)
+        ]
+
+    def _add(self, new: list[Result]) -> None:
+        self._comparison.results += new
+        self._comparison.origins[0]["finished"] = len(self._comparison.results)
+        results.write(self._folder, self._comparison)
+
+
+def _program_of(recipe: Recipe) -> tuple:
+    """Returns what two runs must have in common to be replicas of each other."""
+    structural = tuple(recipe.hyperparameters.get(name) for name in STRUCTURAL)
+    return (recipe.label, recipe.epochs, *structural)
+
+
+def _name_of(part: list[Recipe], count: int) -> str:
+    keys = repr(([recipe.key for recipe in part], count))
+    return hashlib.blake2b(keys.encode(), digest_size=8).hexdigest()
+
+
+def _result(
+    recipe: Recipe,
+    steps: int,
+    curve: np.ndarray,
+    test_accuracy: float,
+    milliseconds_per_step: float,
+    runs_at_once: int,
+) -> Result:
+    """Returns the result of a run with the history `curve`, float64[epochs, 3]."""
+    accuracies = curve[:, 1]
+    finished = bool(np.isfinite(curve).all())
+    # Among equals the last.
+    best = len(accuracies) - 1 - int(np.argmax(accuracies[::-1])) if finished else -1
+    names = ("loss", "validation_accuracy", "validation_loss")
+    return Result(
+        method=recipe.label,
+        epochs=recipe.epochs,
+        seed=recipe.seed,
+        values={name: float(value) for name, value in recipe.hyperparameters.items()},
+        gradients=recipe.gradients_per_step(steps),
+        steps=steps,
+        status=FINISHED if finished else DIVERGED,
+        validation_accuracy=float(accuracies[best]) if finished else None,
+        checkpoint_epoch=best + 1 if finished else None,
+        test_accuracy=float(test_accuracy) if finished else None,
+        milliseconds_per_step=milliseconds_per_step,
+        runs_at_once=runs_at_once,
+        curve=[
+            dict(zip(names, row, strict=True), epoch=number + 1)
+            for number, row in enumerate(curve.tolist())
+        ],
+    )
+
+
+def _trained_alone(grid: Grid, recipe: Recipe, folder: Path) -> Result:
+    """Trains a run on streamed data, with a run folder of its own."""
+    output = folder / f"{recipe.label}-{_name_of([recipe], 1)}-seed{recipe.seed}"
+    resumes = (output / "config.json").exists()
+    config = read_config(output) if resumes else _config_of(grid, recipe, output)
+    with contextlib.suppress(NonFiniteLossError):
+        summary = train(config, output if resumes else None)
+        if summary["status"] != FINISHED:
+            raise KeyboardInterrupt
+    (comparison,) = results.read(output)
+    (result,) = comparison.results
+    return result
+
+
+def _config_of(grid: Grid, recipe: Recipe, output: Path) -> Config:
+    return dataclasses.replace(
+        filled_in(Config(), recipe),
+        train_examples=grid.train_examples,
+        image_size=grid.image_size,
+        data_dir=grid.data_dir,
+        workers=grid.workers,
+        output=output,
+        # The cores of a CPU are not devices that share a batch.
+        devices=1 if jax.default_backend() == "cpu" else None,
+    )

@@ -1,0 +1,291 @@
+"""The report of a comparison, as Markdown and as one HTML page that holds its plots."""
+
+import base64
+import html
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from markdown_it import MarkdownIt
+
+from experiments.comparison import plots
+from experiments.comparison.results import Comparison
+from experiments.comparison.significance import EXACT_SEEDS, LEVEL, Difference, Estimate
+from experiments.comparison.table import Row, baseline_of, row_name, rows_of
+from experiments.comparison.words import computed_with, task_in_words
+from experiments.config.methods import PLAIN
+from experiments.system import files
+
+
+class Section(NamedTuple):
+    """A comparison, the label of its baseline, and the rows of its table."""
+
+    comparison: Comparison
+    baseline: str
+    rows: list[Row]
+
+
+def sections_of(comparisons: Sequence[Comparison], baseline: str | None) -> list[Section]:
+    """Returns one section per comparison; see :func:`rows_of` for the baseline."""
+    return [
+        Section(comparison, baseline or baseline_of(comparison), rows_of(comparison, baseline))
+        for comparison in comparisons
+    ]
+
+
+def write(folder: Path, sections: Sequence[Section]) -> None:
+    """Writes report.md, report.html, summary.csv and the plots.
+
+    Args:
+        folder: an existing folder.
+        sections: one per task.
+    """
+    comparisons = [section.comparison for section in sections]
+    images: dict[str, str] = {}
+    parts = [_section(known, number, images, folder) for number, known in enumerate(sections, 1)]
+    text = "\n\n".join(["# " + _title(comparisons), *parts, _METHOD, _origins(comparisons)]) + "\n"
+    for name, image in images.items():
+        files.write(folder / name, image)
+    files.write(folder / "report.md", text)
+    files.write(folder / "report.html", _page(text, images))
+    _write_summary(folder / "summary.csv", sections)
+
+
+def _section(section: Section, number: int, images: dict[str, str], folder: Path) -> str:
+    comparison, baseline, rows = section
+    names = {row_name(row, rows): row for row in rows}
+    chosen = {label: row.best for label, row in names.items()}
+    parts = [f"## {task_in_words(comparison.task)}", _in_short(rows, baseline), _table(rows)]
+    swept = sorted({name for row in rows for name in row.swept})
+    for name in swept:
+        if edge := [label for label, row in names.items() if row.at_the_edge(name)]:
+            parts.append(
+                f"The {name} chosen for {', '.join(edge)} is the smallest or largest value "
+                "tried: another value may do better."
+            )
+        file = f"{number}-{name.replace('_', '-')}.svg"
+        images[file] = plots.against(
+            name, {label: row.candidates for label, row in names.items()}, chosen
+        )
+        parts.append(f"![Validation accuracy against {name}]({file})")
+        parts.append(
+            f"Validation accuracy against {name}: mean and 95 % interval. A ring marks the chosen "
+            "value."
+        )
+    file = f"{number}-curves.svg"
+    if all(result.curve for best in chosen.values() if best for result in best.results):
+        images[file] = plots.curves(chosen)
+    elif (folder / file).exists():  # of results whose curves.csv was not kept
+        images[file] = (folder / file).read_text()
+    if file in images:
+        parts.append(f"![Learning curves]({file})")
+        parts.append("Learning curves with the chosen values: mean and 95 % band over seeds.")
+    for label, row in names.items():
+        seeds = max(len(candidate.results) for candidate in row.candidates)
+        for candidate in row.candidates:
+            runs = len(candidate.results)
+            reasons = [
+                f"{candidate.diverged} of {runs} runs diverged" if candidate.diverged else "",
+                f"there are {runs} of {seeds} runs" if runs < seeds else "",
+            ]
+            if any(reasons):
+                parts.append(
+                    f"{label} with {_values(candidate.values, row, all_of_them=True)}: "
+                    f"{' and '.join(filter(None, reasons))}, so it could not be chosen."
+                )
+    return "\n\n".join(parts)
+
+
+def _in_short(rows: list[Row], baseline: str) -> str:
+    best = rows[0]
+    if best.test is None:
+        return "All methods diverged."
+    sentences = [f"Highest test accuracy: {row_name(best, rows)}, {100 * best.test.mean:.2f} %."]
+    for number, name in enumerate((f"{baseline}, same epochs", f"{PLAIN}, same gradients")):
+        made = [row for row in rows if row.p_values[number] is not None]
+        if not made:
+            continue
+        differ = {True: [], False: []}
+        for row in made:
+            difference = (row.same_epochs, row.same_gradients)[number]
+            p = row.p_values[number]
+            assert difference is not None
+            assert p is not None
+            if p <= 1 - LEVEL:
+                differ[difference.estimate.mean > 0].append(row_name(row, rows))
+        said = [
+            f"significantly {word}: {', '.join(differ[better])}"
+            for better, word in ((True, "better"), (False, "worse"))
+            if differ[better]
+        ]
+        told = "; ".join(said) or "no difference is significant"
+        sentences.append(f"Against {name}: {told}.")
+    differences = [d for row in rows for d in (row.same_epochs, row.same_gradients) if d]
+    family = len(differences)
+    seeds = max((d.estimate.count for d in differences), default=0)
+    smallest = family * 2.0 ** (1 - seeds)
+    if differences and smallest > 1 - LEVEL:
+        sentences.append(
+            f"With {seeds} seeds and {family} comparisons no p-value can be below "
+            f"{min(smallest, 1):.2g}: nothing could have been significant here."
+        )
+    return " ".join(sentences)
+
+
+def _table(rows: list[Row]) -> str:
+    lines = [
+        "| method | chosen | seeds | epochs | gradients | ms per step | validation % | test % | "
+        "same epochs | same gradients |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        best = row.best or row.candidates[0]
+        times = [result.milliseconds_per_step for result in best.results]
+        at_once = " to ".join(map(str, sorted({r.runs_at_once for r in best.results})))
+        lines.append(
+            f"| {row.method} | {_values(row.best.values, row) if row.best else 'diverged'} | "
+            f"{len(best.results)} | {row.epochs} | "
+            f"{round(row.reported.gradients * row.reported.steps):,} | "
+            f"{sum(times) / len(times):.3g} ({at_once}) | "
+            f"{_estimate(row.best.validation) if row.best else ''} | "
+            f"{_estimate(row.test) if row.test else ''} | "
+            f"{_compared(row.same_epochs, row.p_values[0], len(best.results))} | "
+            f"{_compared(row.same_gradients, row.p_values[1], len(best.results))} |"
+        )
+    return "\n".join(lines)
+
+
+def _values(values: dict[str, float], row: Row, *, all_of_them: bool = False) -> str:
+    """Those that were swept, and rho always."""
+    shown = [
+        f"{name} {value:g}"
+        for name, value in values.items()
+        if name in {"rho", *row.swept} or all_of_them
+    ]
+    return ", ".join(shown)
+
+
+def _estimate(value: Estimate) -> str:
+    if value.count < 2:
+        return f"{100 * value.mean:.2f}"
+    return (
+        f"{100 * value.mean:.2f} ± {100 * value.standard_error:.2f} "
+        f"[{100 * value.low:.2f}, {100 * value.high:.2f}]"
+    )
+
+
+def _compared(difference: Difference | None, p_value: float | None, seeds: int) -> str:
+    if difference is None or p_value is None:
+        return ""
+    value = difference.estimate
+    fewer = f" ({value.count} seeds)" if value.count != seeds else ""
+    text = (
+        f"{100 * value.mean:+.2f} [{100 * value.low:+.2f}, {100 * value.high:+.2f}], "
+        f"p = {p_value:.3g}{fewer}"
+    )
+    return f"**{text}**" if p_value <= 1 - LEVEL else text
+
+
+_METHOD = f"""## How to read it
+
+* *test %*: mean over seeds, its standard error, and Student's 95 % interval, of each run's best
+  epoch on the validation split, with the hyperparameters of the best mean validation accuracy. The
+  test split plays no part in either choice.
+* *same epochs* and *same gradients*: mean differences in test accuracy, in points, to the baseline
+  with the same number of epochs, and to plain training (sgd) with the same number of batch
+  gradients, that is, more epochs. Runs are paired by seed, which fixes initialization, order of the
+  examples, augmentation and wrong labels.
+* *p*: two-sided paired permutation test, exact for up to {EXACT_SEEDS} seeds, after Holm's
+  correction for all comparisons of a table. **Bold** is significant at
+  {100 * (1 - LEVEL):.0f} %. The intervals are not corrected.
+* The hyperparameters are chosen by validation accuracies of the same runs whose test accuracies
+  are compared. A method with many values therefore looks a little better than it is, and its
+  p-values are a little too small. To confirm a difference, compare only the chosen values, from
+  other seeds (--first-seed).
+* The seeds do not vary the data split: intervals and p-values are about this test split. Each
+  table is corrected by itself.
+* *gradients*: number of batch gradients of a run. *ms per step*: a run's share of the time of the
+  runs computed at once (their number in parentheses), evaluation included except for runs of
+  experiments.train.
+* summary.csv has this table, runs.csv every run, curves.csv every epoch (several tasks have a
+  folder each)."""
+
+
+def _origins(comparisons: Sequence[Comparison]) -> str:
+    lines = ["## How it was made"]
+    for about in (about for comparison in comparisons for about in comparison.origins):
+        lines.append(f"```sh\n{about['command']}\n```")
+        lines.append(computed_with(about))
+        for later in about.get("continued", []):
+            lines.append(f"Continued with: {computed_with(later)}")
+        if (runs := about.get("runs", 0)) > about.get("finished", runs):
+            lines.append(f"Not complete: {about['finished']} of {runs} runs.")
+    return "\n\n".join(lines)
+
+
+def _title(comparisons: Sequence[Comparison]) -> str:
+    names = dict.fromkeys(comparison.task["dataset"] for comparison in comparisons)
+    return f"Comparison on {', '.join(names)}"
+
+
+def _write_summary(path: Path, sections: Sequence[Section]) -> None:
+    lines = []
+    for comparison, _, rows in sections:
+        for row in rows:
+            best, test = row.best, row.test
+            line = {
+                "task": task_in_words(comparison.task),
+                "method": row.method,
+                "epochs": row.epochs,
+                "chosen": _values(best.values, row) if best else "",
+                "seeds": test.count if test else 0,
+                "validation_accuracy": best.validation.mean if best else None,
+                "test_accuracy": test.mean if test else None,
+                "standard_error": test.standard_error if test else None,
+                "low": test.low if test else None,
+                "high": test.high if test else None,
+            }
+            for name, difference, p in zip(
+                ("same_epochs", "same_gradients"),
+                (row.same_epochs, row.same_gradients),
+                row.p_values,
+                strict=True,
+            ):
+                value = difference.estimate if difference else None
+                line |= {
+                    f"{name}_difference": value.mean if value else None,
+                    f"{name}_low": value.low if value else None,
+                    f"{name}_high": value.high if value else None,
+                    f"{name}_p_value": p,
+                    f"{name}_seeds": value.count if value else None,
+                }
+            lines.append(line)
+    files.write_csv(path, list(lines[0]), lines)
+
+
+def _page(text: str, images: Mapping[str, str]) -> str:
+    """Returns Markdown as an HTML page that holds its images, SVG by file name."""
+    body = MarkdownIt("commonmark").enable("table").render(text)
+    for name, image in images.items():
+        data = base64.b64encode(image.encode()).decode()
+        body = body.replace(f'src="{name}"', f'src="data:image/svg+xml;base64,{data}"')
+    title = html.escape(re.sub(r"^# ", "", text.splitlines()[0]))
+    return _PAGE.format(title=title, body=body)
+
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>{title}</title>
+<style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 90rem; margin: auto; padding: 1rem; }}
+table {{ border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }}
+th, td {{ border-bottom: 1px solid #bbb; padding: 0.3rem 0.6rem; white-space: nowrap; }}
+tr:first-child td {{ background: #eee; }}
+img {{ max-width: 100%; }}
+pre {{ background: #eee; padding: 0.7rem; white-space: pre-wrap; }}
+</style>
+{body}</html>
+"""

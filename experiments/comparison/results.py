@@ -1,0 +1,258 @@
+"""The results of a comparison, as files that other programs read too.
+
+comparison.json  the grid, and how it was computed: command, versions, hardware
+runs.csv         one line per run: method, hyperparameters, seed, accuracies, cost
+curves.csv       one line per epoch of a run
+
+Results of several tasks each have a subfolder.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.comparison.grid import TASK, task_of
+from experiments.config.config import Task
+from experiments.config.hyperparameters import HYPERPARAMETERS
+from experiments.config.recipe import resolve
+from experiments.run.folder import RunFolder, read_config
+from experiments.system import files
+from experiments.system.command_line import ArgumentError
+
+FINISHED, DIVERGED = "finished", "diverged"
+_CURVE = ("epoch", "loss", "validation_accuracy", "validation_loss")
+# A comparison of an older version may lack an option.
+_TASK_DEFAULTS = {
+    field.name: field.default for field in dataclasses.fields(Task) if field.name in TASK
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The result of one run.
+
+    Attributes:
+        method: label of the method.
+        epochs: number of epochs.
+        seed: random seed.
+        values: hyperparameters by name.
+        gradients: number of batch gradients per step, on average.
+        steps: number of steps.
+        status: "finished", or "diverged" if a loss was not finite; then it has no accuracies.
+        validation_accuracy: that of the best epoch.
+        checkpoint_epoch: the best epoch, among equals the last.
+        test_accuracy: that of the best epoch.
+        milliseconds_per_step: the run's share of the time of the runs computed at once.
+        runs_at_once: number of runs computed at once.
+        curve: one row per epoch.
+    """
+
+    method: str
+    epochs: int
+    seed: int
+    values: dict[str, float]
+    gradients: float
+    steps: int
+    status: str
+    validation_accuracy: float | None
+    checkpoint_epoch: int | None
+    test_accuracy: float | None
+    milliseconds_per_step: float
+    runs_at_once: int
+    curve: list[dict[str, float]] = dataclasses.field(repr=False)
+
+    @property
+    def key(self) -> tuple:
+        """Equal to :attr:`experiments.config.recipe.Recipe.key` of the run."""
+        return (self.method, self.epochs, tuple(sorted(self.values.items())), self.seed)
+
+
+_COLUMNS = tuple(
+    field.name for field in dataclasses.fields(Result) if field.name not in ("values", "curve")
+)
+
+
+@dataclasses.dataclass
+class Comparison:
+    """The results of one task.
+
+    Attributes:
+        task: what all runs have in common.
+        results: one per run.
+        origins: the comparison.json of each folder of results: how they were computed.
+    """
+
+    task: dict[str, Any]
+    results: list[Result]
+    origins: list[dict[str, Any]]
+
+
+def write(folder: Path, comparison: Comparison) -> None:
+    """Writes runs.csv and curves.csv, each of them whole or not at all."""
+    lines, points = [], []
+    for number, result in enumerate(comparison.results):
+        columns = {name: getattr(result, name) for name in _COLUMNS}
+        lines.append({"run": number, **columns, **result.values})
+        points += [{"run": number, **row} for row in result.curve]
+    # The runs last: curves without a run are ignored.
+    files.write_csv(folder / "curves.csv", ("run", *_CURVE), points)
+    files.write_csv(folder / "runs.csv", ("run", *_COLUMNS, *HYPERPARAMETERS), lines)
+
+
+def write_merged(folder: Path, comparisons: Sequence[Comparison]) -> None:
+    """Writes comparisons so that they can be read again: one into the folder itself, several into
+    subfolders.
+    """
+    for number, comparison in enumerate(comparisons, 1):
+        part = folder if len(comparisons) == 1 else folder / str(number)
+        part.mkdir(exist_ok=True)
+        write(part, comparison)
+        write_about(part, {"task": comparison.task, "origins": comparison.origins})
+
+
+def write_about(folder: Path, about: dict[str, Any]) -> None:
+    """Writes comparison.json."""
+    files.write(folder / "comparison.json", json.dumps(about, indent=2) + "\n")
+
+
+def read(folder: Path) -> list[Comparison]:
+    """Returns the results in a folder of `experiments.compare` or `experiments.train`.
+
+    If it holds such folders, returns the results of all.
+
+    Raises:
+        ArgumentError: if there are none, or a run is not finished.
+    """
+    found = list(_folders(folder)) if folder.is_dir() else []
+    return list(map(_read, found or [folder]))
+
+
+def _folders(folder: Path) -> Iterator[Path]:
+    if (folder / "comparison.json").exists() or (folder / "config.json").exists():
+        yield folder
+        return
+    for child in sorted(folder.iterdir()):
+        if child.is_dir():
+            yield from _folders(child)
+
+
+def _read(folder: Path) -> Comparison:
+    try:
+        is_comparison = (folder / "comparison.json").exists()
+        return _read_comparison(folder) if is_comparison else _read_run(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ArgumentError(f"{folder} cannot be read as results: {error}") from error
+
+
+def there_are_any(folder: Path) -> bool:
+    """Returns whether the comparison in this folder has a result."""
+    path = folder / "runs.csv"
+    return path.exists() and bool(files.read_csv(path))
+
+
+def merged(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """Returns one comparison per task.
+
+    Raises:
+        ArgumentError: if two results of one run differ.
+    """
+    by_task: dict[str, Comparison] = {}
+    for comparison in comparisons:
+        name = json.dumps(comparison.task, sort_keys=True)
+        whole = by_task.setdefault(name, Comparison(comparison.task, [], []))
+        known = {result.key: result for result in whole.results}
+        for result in comparison.results:
+            there = known.get(result.key)
+            if there is None:
+                whole.results.append(result)
+            elif there.test_accuracy != result.test_accuracy:
+                raise ArgumentError(
+                    f"--from has two results of {result.method} with seed {result.seed} that "
+                    "differ: leave one of their folders out"
+                )
+        whole.origins += comparison.origins
+    return list(by_task.values())
+
+
+def _read_comparison(folder: Path) -> Comparison:
+    about = json.loads((folder / "comparison.json").read_text())
+    curves: dict[str, list[dict[str, float]]] = {}
+    # A copy of results may lack this file, which is the largest.
+    path = folder / "curves.csv"
+    for row in files.read_csv(path) if path.exists() else []:
+        curves.setdefault(row["run"], []).append(_point(row))
+    results = [
+        _result(row, curves.get(row["run"], [])) for row in files.read_csv(folder / "runs.csv")
+    ]
+    if not results:
+        raise ValueError("no run has finished yet")
+    origins = about.get("origins", [about | {"finished": len(results)}])
+    return Comparison(_TASK_DEFAULTS | about["task"], results, origins)
+
+
+def _point(row: dict[str, str]) -> dict[str, float]:
+    return {name: float(row[name]) for name in _CURVE} | {"epoch": int(row["epoch"])}
+
+
+def _result(row: dict[str, str], curve: list[dict[str, float]]) -> Result:
+    def number(name: str, type_: Any) -> Any:
+        return type_(row[name]) if row[name] else None
+
+    return Result(
+        method=row["method"],
+        status=row["status"],
+        # A comparison of an older version may lack a hyperparameter.
+        values={name: float(row[name]) for name in HYPERPARAMETERS if row.get(name)},
+        curve=curve,
+        gradients=_whole_if_it_is(float(row["gradients"])),
+        **{
+            name: number(name, int)
+            for name in ("epochs", "seed", "steps", "checkpoint_epoch", "runs_at_once")
+        },
+        **{
+            name: number(name, float)
+            for name in ("validation_accuracy", "test_accuracy", "milliseconds_per_step")
+        },
+    )
+
+
+def _whole_if_it_is(number: float) -> float:
+    return int(number) if number.is_integer() else number
+
+
+def _read_run(folder: Path) -> Comparison:
+    config = read_config(folder)
+    recipe = resolve(config)
+    summary = RunFolder(folder).read_summary()
+    status = summary.get("status", "started")
+    if status in ("started", "interrupted"):
+        raise ValueError("the run is not finished")
+    if recipe.batch_statistics == "per-device":
+        raise ValueError("runs with --batch-statistics per-device are another method")
+    finished = status == FINISHED
+    rows = files.read_csv(folder / "metrics.csv")
+    speeds = [float(row["examples_per_second"]) for row in rows]
+    seconds = sum(1 / speed for speed in speeds) / max(len(speeds), 1) * recipe.batch_size
+    result = Result(
+        method=recipe.label,
+        epochs=recipe.epochs,
+        seed=recipe.seed,
+        values={name: float(value) for name, value in recipe.hyperparameters.items()},
+        gradients=recipe.gradients_per_step(summary["steps_per_epoch"] * recipe.epochs),
+        steps=summary["steps"],
+        status=FINISHED if finished else DIVERGED,
+        validation_accuracy=summary["validation_accuracy"] if finished else None,
+        checkpoint_epoch=summary["checkpoint_epoch"] if finished else None,
+        test_accuracy=summary["test_accuracy"] if finished else None,
+        milliseconds_per_step=1000 * seconds,
+        runs_at_once=1,
+        curve=[_point(row) for row in rows],
+    )
+    about = {
+        "command": f"a run of experiments.train: {folder.name}",
+        "versions": summary["versions"],
+        "hardware": {"device": summary["device"], "devices": summary["devices"]},
+    }
+    return Comparison(task_of(config, recipe), [result], [about])

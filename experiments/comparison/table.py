@@ -1,0 +1,119 @@
+"""The table of a comparison: the chosen candidate of each method, and its differences."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from experiments.comparison import significance
+from experiments.comparison.results import Comparison, Result
+from experiments.comparison.significance import Candidate, Difference, Estimate
+from experiments.config.methods import PLAIN
+from experiments.system.command_line import ArgumentError
+
+
+@dataclasses.dataclass
+class Row:
+    """A method in the table.
+
+    Attributes:
+        method: label of the method.
+        epochs: number of epochs.
+        candidates: one for each set of hyperparameter values.
+        best: the reported candidate; None if all diverged.
+        test: test accuracy of the reported candidate.
+        same_epochs: difference to the baseline with the same number of epochs.
+        same_gradients: difference to plain training with the same number of gradients.
+        p_values: corrected p-values of the two; None where there is no comparison.
+    """
+
+    method: str
+    epochs: int
+    candidates: list[Candidate]
+    best: Candidate | None
+    test: Estimate | None
+    same_epochs: Difference | None = None
+    same_gradients: Difference | None = None
+    p_values: list[float | None] = dataclasses.field(default_factory=lambda: [None, None])
+
+    @property
+    def reported(self) -> Result:
+        """A run of the reported candidate."""
+        return (self.best or self.candidates[0]).results[0]
+
+    @property
+    def swept(self) -> list[str]:
+        """The hyperparameters with several values."""
+        tried = [candidate.values for candidate in self.candidates]
+        names = dict.fromkeys(name for values in tried for name in values)
+        return [name for name in names if len({values.get(name) for values in tried}) > 1]
+
+    def at_the_edge(self, name: str) -> bool:
+        """Returns whether the chosen value is the smallest or the largest of several."""
+        if self.best is None or name not in self.swept:
+            return False
+        tried = [c.values[name] for c in self.candidates if name in c.values]
+        return self.best.values.get(name) in (min(tried), max(tried))
+
+
+def baseline_of(comparison: Comparison) -> str:
+    """Returns plain training if it is there, otherwise the first method."""
+    methods = [result.method for result in comparison.results]
+    return PLAIN if PLAIN in methods else methods[0]
+
+
+def rows_of(comparison: Comparison, baseline: str | None = None) -> list[Row]:
+    """Returns the table, the best method first.
+
+    Args:
+        comparison: the results of one task.
+        baseline: label of the method that the others are compared with; see :func:`baseline_of`
+            for the default.
+
+    Raises:
+        ArgumentError: if the baseline was not trained.
+    """
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for result in comparison.results:
+        groups.setdefault((result.method, result.epochs), []).append(result)
+    baseline = baseline or baseline_of(comparison)
+    if baseline not in (method for method, _ in groups):
+        there = ", ".join(sorted({method for method, _ in groups}))
+        raise ArgumentError(f"--baseline must be one of {there}, got {baseline}")
+    rows = {}
+    for (method, epochs), results in groups.items():
+        best = significance.chosen(results)
+        test = best and significance.estimate([r.test_accuracy for r in best.results])
+        known = significance.candidates(results)
+        rows[method, epochs] = Row(method, epochs, known, best, test)
+    for row in rows.values():
+        row.same_epochs = _difference(row, rows.get((baseline, row.epochs)))
+        if row.reported.gradients > 1:
+            plain = rows.get((PLAIN, round(row.epochs * row.reported.gradients)))
+            row.same_gradients = _difference(row, plain)
+    _correct(list(rows.values()))
+    order = sorted(rows.values(), key=lambda row: row.test.mean if row.test else -math.inf)
+    return order[::-1]
+
+
+def row_name(row: Row, rows: Sequence[Row]) -> str:
+    """Returns the method, with its epochs if there are several rows of it."""
+    several = len({other.epochs for other in rows if other.method == row.method}) > 1
+    return f"{row.method}, {row.epochs} epochs" if several else row.method
+
+
+def _difference(row: Row, other: Row | None) -> Difference | None:
+    if other is None or other is row or row.best is None or other.best is None:
+        return None
+    return significance.difference(row.best, other.best)
+
+
+def _correct(rows: list[Row]) -> None:
+    """Corrects the p-values: all comparisons of a table are one family."""
+    made = [
+        (row, number, difference.p_value)
+        for row in rows
+        for number, difference in enumerate((row.same_epochs, row.same_gradients))
+        if difference is not None
+    ]
+    for (row, number, _), p in zip(made, significance.holm([p for *_, p in made]), strict=True):
+        row.p_values[number] = p

@@ -1,0 +1,39 @@
+"""Tasks and origins of results, in words."""
+
+from typing import Any
+
+from experiments.comparison.grid import task_of
+from experiments.config.config import Config
+from experiments.config.recipe import resolve
+
+
+def task_in_words(task: dict[str, Any]) -> str:
+    """Says what was learned."""
+    return f"{setting_in_words(task)}, {labels_in_words(task)}"
+
+
+def labels_in_words(task: dict[str, Any]) -> str:
+    """Says how many labels are wrong."""
+    noise = task["label_noise"]
+    return f"{100 * noise:g} % wrong labels" if noise else "clean labels"
+
+
+def setting_in_words(task: dict[str, Any]) -> str:
+    """Says everything about a task but its labels, and leaves out the data set's defaults."""
+    asked = Config(dataset=task["dataset"], batch_size=task["batch_size"])
+    usual = task_of(asked, resolve(asked))
+    parts = [task["dataset"], task["model"], f"batch {task['batch_size']}"]
+    if task["train_examples"]:
+        parts.insert(1, f"{task['train_examples']:,} examples")
+    shown = ("dataset", "model", "batch_size", "train_examples", "label_noise")
+    for name in set(task) - set(shown):
+        if task[name] != usual[name]:
+            parts.append(f"{name.replace('_', ' ')} {task[name]}")
+    return ", ".join([*parts[:3], *sorted(parts[3:])])
+
+
+def computed_with(about: dict[str, Any]) -> str:
+    """Says which versions and hardware computed results."""
+    versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
+    hardware = ", ".join(f"{name}: {value}" for name, value in about["hardware"].items())
+    return f"{versions}. {hardware}."

@@ -1,0 +1,183 @@
+"""From what a user asks for to what is computed: every default filled in, every size checked."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from experiments.config import methods
+from experiments.config.config import Config, option_of
+from experiments.config.hyperparameters import HYPERPARAMETERS
+from experiments.config.methods import BASE_OPTIMIZERS, METHODS, PERTURBATIONS, MethodSpec
+from experiments.data import dataset_spec
+from experiments.system.command_line import ArgumentError
+
+T = TypeVar("T")
+
+# Options that concern perturbed steps only, with the values that ask for nothing.
+PERTURBATION_OPTIONS: dict[str, Any] = {"group_size": None, "start_step": 0, "every": 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything beside the data that a run's numbers depend on. No field is optional.
+
+    Attributes:
+        hyperparameters: values of those that the method, the ascended loss and the base optimizer
+            take, in the order of `HYPERPARAMETERS`.
+        group_size: number of examples that share a perturbation; the batch size for all.
+        microbatch_size: number of examples computed at a time; the batch size for all.
+
+    The other attributes are the fields of :class:`Config`.
+    """
+
+    dataset: str
+    label_noise: float
+    model: str
+    precision: str
+    base: str
+    method: str
+    perturbation: str
+    hyperparameters: Mapping[str, float]
+    label_smoothing: float
+    crop_padding: int
+    flip: bool
+    cutout: float
+    epochs: int
+    batch_size: int
+    group_size: int
+    microbatch_size: int
+    start_step: int
+    every: int
+    batch_statistics: str
+    seed: int
+
+    @property
+    def method_spec(self) -> MethodSpec:
+        """The method's entry in `METHODS`."""
+        return METHODS[self.method]
+
+    @property
+    def label(self) -> str:
+        """The method and what it ascends; see :func:`experiments.config.methods.label_of`."""
+        return methods.label_of(self.method, self.perturbation)
+
+    @property
+    def key(self) -> tuple:
+        """Tells runs of one task apart: label, epochs, hyperparameters, seed."""
+        values = {name: float(value) for name, value in self.hyperparameters.items()}
+        return (self.label, self.epochs, tuple(sorted(values.items())), self.seed)
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether parts of a batch have perturbations of their own."""
+        return self.group_size < self.batch_size
+
+    def gradients_per_step(self, steps: int) -> float:
+        """Returns the number of batch gradients per step, averaged over a run of `steps`."""
+        gradients = methods.gradients(self.method, self.perturbation, self.hyperparameters)
+        perturbed = len(range(self.start_step, steps, self.every))
+        return gradients if perturbed == steps else 1 + (gradients - 1) * perturbed / steps
+
+    def examples_left(self, examples: int) -> dict[str, int]:
+        """Returns how many of `examples` a step descends on, by the hyperparameter that says so."""
+        # A product of 6.999999 is meant as 7.
+        return {
+            name: int(examples * value + 1e-6)
+            for name, value in self.hyperparameters.items()
+            if HYPERPARAMETERS[name].is_share_of_examples
+        }
+
+
+def resolve(config: Config) -> Recipe:
+    """Fills in every default.
+
+    Raises:
+        ArgumentError: if values contradict each other.
+    """
+    spec, usual = METHODS[config.method], dataset_spec(config.dataset)
+    perturbation = "ce" if spec.is_plain else spec.ascends or config.perturbation or "ce"
+    batch_size = _given(config.batch_size, usual.batch_size)
+    recipe = Recipe(
+        dataset=config.dataset,
+        label_noise=config.label_noise,
+        model=_given(config.model, usual.model),
+        precision=config.precision,
+        base=config.base,
+        method=config.method,
+        perturbation=perturbation,
+        hyperparameters=_hyperparameters(config, perturbation),
+        label_smoothing=config.label_smoothing,
+        crop_padding=_given(config.crop_padding, usual.crop_padding),
+        flip=_given(config.flip, usual.flip),
+        cutout=_given(config.cutout, usual.cutout),
+        epochs=_given(config.epochs, usual.epochs),
+        batch_size=batch_size,
+        group_size=_given(config.group_size, batch_size),
+        microbatch_size=_given(config.microbatch_size, batch_size),
+        start_step=config.start_step,
+        every=config.every,
+        batch_statistics=config.batch_statistics,
+        seed=config.seed,
+    )
+    _check_perturbed(recipe)
+    _check_sizes(recipe)
+    return recipe
+
+
+def _hyperparameters(config: Config, perturbation: str) -> dict[str, float]:
+    """Returns those that have a meaning: given values, or defaults."""
+    defaults = METHODS[config.method].defaults
+    defaults |= PERTURBATIONS[perturbation] | BASE_OPTIMIZERS[config.base]
+    return {
+        name: _given(getattr(config, name), defaults[name])
+        for name in HYPERPARAMETERS
+        if name in defaults
+    }
+
+
+def _given(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def filled_in(config: Config, recipe: Recipe) -> Config:
+    """Returns the options with every value of their recipe; None for what the method lacks."""
+    values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)}
+    known = dict.fromkeys(HYPERPARAMETERS) | dict(values.pop("hyperparameters"))
+    return dataclasses.replace(config, **values, **known)
+
+
+def _check_perturbed(recipe: Recipe) -> None:
+    """Refuses options that the method cannot follow."""
+    nothing = PERTURBATION_OPTIONS | {"group_size": recipe.batch_size}
+    for name, value in nothing.items():
+        if getattr(recipe, name) == value:
+            continue
+        if recipe.method_spec.is_plain:
+            raise ArgumentError(
+                f"{option_of(name)} has no meaning for --method {recipe.method}: nothing is "
+                "perturbed"
+            )
+        if recipe.method_spec.contains_optimizer:
+            raise ArgumentError(
+                f"{option_of(name)} cannot be used with --method {recipe.method}, which contains "
+                "the base optimizer: its steps are whole updates, not gradients"
+            )
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    """Refuses sizes that do not fit each other."""
+    for name in ("group_size", "microbatch_size"):
+        size = getattr(recipe, name)
+        if recipe.batch_size % size:
+            raise ArgumentError(
+                f"{option_of(name)} must divide --batch-size, got {size} and {recipe.batch_size}"
+            )
+    whole = "--group-size" if recipe.in_groups else "--batch-size"
+    for name, left in recipe.examples_left(recipe.group_size).items():
+        if left < 2:
+            raise ArgumentError(f"{option_of(name)} leaves less than 2 examples of {whole}")
+    if recipe.in_groups and recipe.microbatch_size % recipe.group_size:
+        raise ArgumentError(
+            f"--microbatch-size must be a multiple of --group-size, got "
+            f"{recipe.microbatch_size} and {recipe.group_size}"
+        )

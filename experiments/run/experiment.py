@@ -1,0 +1,214 @@
+"""From a recipe and a data set to everything that a run computes with."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from experiments import data, models
+from experiments.config.recipe import Recipe
+from experiments.step import augmentation, evaluation, train_step
+from experiments.step.feeds import Feed, feed_of
+from experiments.step.layout import Layout
+from experiments.step.method import BuiltMethod, base_optimizer, build_method
+from experiments.step.parallelism import over_devices
+from experiments.step.train_step import StepOnStored, TrainState
+from experiments.system.command_line import ArgumentError
+
+CUTOUT_LENGTH = 16
+# Enough that the device never waits for the host, and few enough that a signal waits shortly.
+STEPS_AT_ONCE = 20
+EVALUATION_BATCH_SIZE = 500
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Experiment:
+    """Data, and the pure functions of model and method; :func:`experiment_of` makes one.
+
+    Attributes:
+        recipe: what is trained.
+        layout: how it lies over the devices.
+        dataset: the data set, on the host.
+        train: the training part, on its way to the devices.
+        validation: the validation part.
+        test: the test part.
+        steps_per_epoch: number of steps, without the incomplete last batch.
+        steps_at_once: number of steps in one launch.
+        state_of: `state_of(key, values)`, the state before the first step; `values` are
+            hyperparameters by name, possibly traced.
+        step_of: `step_of(values)`, the step on stored images of one device.
+        step: the step on stored images, over all devices of the layout.
+        sums: see :func:`experiments.step.evaluation.make_sums`.
+        evaluate: see :func:`experiments.step.evaluation.make_evaluate`.
+    """
+
+    recipe: Recipe
+    layout: Layout
+    dataset: data.Dataset
+    train: Feed
+    validation: Feed
+    test: Feed
+    steps_per_epoch: int
+    steps_at_once: int
+    state_of: Callable[[jax.Array, Any], TrainState]
+    step_of: Callable[[Any], StepOnStored]
+    step: StepOnStored
+    sums: evaluation.Sums
+    evaluate: Callable[[Any, Any, Feed], evaluation.Evaluation]
+
+    @property
+    def total_steps(self) -> int:
+        """The number of steps of the whole run."""
+        return self.steps_per_epoch * self.recipe.epochs
+
+    def first_state(self) -> TrainState:
+        """Makes the state before the first step, over the devices."""
+        key = jax.random.key(self.recipe.seed)
+        return self.layout.make(lambda: self.state_of(key, self.recipe.hyperparameters))
+
+
+def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Experiment:
+    """Builds an experiment.
+
+    Raises:
+        ArgumentError: if the recipe does not fit the data.
+    """
+    steps_per_epoch = dataset.train.examples // recipe.batch_size
+    if steps_per_epoch == 0:
+        raise ArgumentError(
+            f"--batch-size must be at most the {dataset.train.examples} training examples, "
+            f"got {recipe.batch_size}"
+        )
+    init, apply = _model(recipe, dataset, layout)
+    prepare, normalise = _prepare(recipe, dataset), _normalise(dataset)
+    method_of = _method_of(recipe, dataset, layout, steps_per_epoch * recipe.epochs)
+
+    def state_of(key: jax.Array, values: Any) -> TrainState:
+        # Separate keys, so that nothing drawn for one purpose is drawn for another.
+        init_key, method_key, key = jax.random.split(key, 3)
+        params, stats = init(init_key)
+        return train_step.init_state(params, stats, method_of(values, method_key), key)
+
+    def unprepared(step: train_step.Step) -> StepOnStored:
+        return lambda state, stored: step(state, train_step.prepared(stored, prepare, state))
+
+    def made(values: Any, layout: Layout | None) -> train_step.Step:
+        return _step(recipe, apply, method_of(values, 0), layout)
+
+    sums = evaluation.make_sums(apply, normalise)
+    steps_at_once = _steps_at_once(recipe, steps_per_epoch)
+    train, validation, test = (
+        feed_of(part, layout, steps_at_once)
+        for part in (dataset.train, dataset.validation, dataset.test)
+    )
+    return Experiment(
+        recipe,
+        layout,
+        dataset,
+        train,
+        validation,
+        test,
+        steps_per_epoch,
+        steps_at_once,
+        state_of,
+        step_of=lambda values: unprepared(made(values, None)),
+        step=unprepared(over_devices(made(recipe.hyperparameters, layout), layout)),
+        sums=sums,
+        evaluate=evaluation.make_evaluate(sums, _evaluated_at_once(recipe, dataset), layout),
+    )
+
+
+def _model(
+    recipe: Recipe, dataset: data.Dataset, layout: Layout
+) -> tuple[models.Init, models.Apply]:
+    # In groups, statistics are those of a group.
+    synchronised = recipe.batch_statistics == "synchronised" and not recipe.in_groups
+    try:
+        return models.build(
+            recipe.model,
+            dataset.image_shape,
+            dataset.classes,
+            dtype=jnp.dtype(recipe.precision),
+            axis_name=layout.axis_name if synchronised else None,
+        )
+    except ValueError as error:
+        raise ArgumentError(f"--model {recipe.model}: {error}") from error
+
+
+def _method_of(
+    recipe: Recipe, dataset: data.Dataset, layout: Layout, total_steps: int
+) -> Callable[[Any, jax.Array | int], BuiltMethod]:
+    """Returns the method as a function of its hyperparameters and its key."""
+    images: Any = jax.ShapeDtypeStruct((recipe.batch_size, *dataset.image_shape), jnp.float32)
+    integers: Any = jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32)
+
+    def method_of(values: Any, key: jax.Array | int) -> BuiltMethod:
+        return build_method(
+            recipe.method,
+            recipe.perturbation,
+            base_optimizer(recipe.base, values, total_steps),
+            values,
+            batch_like=train_step.Batch(images, integers, integers),
+            key=key,
+            gradient_axis=layout.gradient_axis,
+        )
+
+    return method_of
+
+
+def _step(
+    recipe: Recipe, apply: models.Apply, method: BuiltMethod, layout: Layout | None
+) -> train_step.Step:
+    """Makes the step of one device of the layout, or of the only device."""
+    axis_name = layout.axis_name if layout is not None else None
+    parts = layout.parts if layout is not None and axis_name is not None else 1
+    in_parts = recipe.microbatch_size < recipe.batch_size
+    return train_step.make_step(
+        apply,
+        method,
+        train_step.cross_entropy(recipe.label_smoothing),
+        when=train_step.whenever(recipe.start_step, recipe.every),
+        group_size=recipe.group_size if recipe.in_groups else None,
+        microbatch_size=recipe.microbatch_size // parts if in_parts else None,
+        axis_name=axis_name,
+    )
+
+
+def _steps_at_once(recipe: Recipe, steps_per_epoch: int) -> int:
+    # XLA on CPU runs convolutions inside a loop many times slower.
+    convolutional = models.ARCHITECTURES[recipe.model].convolutional
+    one_by_one = convolutional and jax.default_backend() == "cpu"
+    return 1 if one_by_one else min(STEPS_AT_ONCE, steps_per_epoch)
+
+
+def _evaluated_at_once(recipe: Recipe, dataset: data.Dataset) -> int:
+    in_parts = recipe.microbatch_size < recipe.batch_size
+    if in_parts or dataset.train.streamed:
+        return recipe.microbatch_size
+    return EVALUATION_BATCH_SIZE
+
+
+def _normalise(dataset: data.Dataset) -> Callable[[jax.Array], jax.Array]:
+    return lambda images: augmentation.normalise(images, dataset.mean, dataset.std)
+
+
+def _prepare(recipe: Recipe, dataset: data.Dataset) -> train_step.Prepare:
+    """Crops and flips stored images, normalises them, and cuts out a square, in this order."""
+    normalise = _normalise(dataset)
+    # Streamed images come randomly cropped.
+    padding = 0 if dataset.train.streamed else recipe.crop_padding
+
+    def prepare(key: jax.Array, images: jax.Array) -> jax.Array:
+        crop_key, flip_key, cutout_key = jax.random.split(key, 3)
+        if padding:
+            images = augmentation.random_crop(crop_key, images, padding)
+        if recipe.flip:
+            images = augmentation.random_flip(flip_key, images)
+        images = normalise(images)
+        if recipe.cutout:
+            images = augmentation.cutout(cutout_key, images, CUTOUT_LENGTH, recipe.cutout)
+        return images
+
+    return prepare

@@ -1,0 +1,73 @@
+"""Trained parameters back from a run folder, and their accuracy on each split."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from experiments.run.checkpoints import Checkpoints
+from experiments.run.experiment import Experiment
+from experiments.run.folder import RunFolder, read_config
+from experiments.run.training import experiment_from
+from experiments.step.train_step import TrainState
+from experiments.system.command_line import ArgumentError
+
+
+class Restored(NamedTuple):
+    """A checkpoint of a run.
+
+    Attributes:
+        experiment: what the run computed with.
+        state: its state after `step`.
+        step: number of steps so far.
+    """
+
+    experiment: Experiment
+    state: TrainState
+    step: int
+
+
+def restore(folder: Path, step: int | None = None, **changed: Any) -> Restored:
+    """Restores a run, without writing to its folder: it may still be under way.
+
+    Args:
+        folder: the run folder.
+        step: the step of a checkpoint; None for that of the best epoch.
+        **changed: options that replace those of the run, such as `devices` and `data_dir`.
+
+    Raises:
+        ArgumentError: if it is no run folder, or `step` is not one of its checkpoints.
+        DatasetError: if the data set is not there.
+        CheckpointError: if the checkpoint cannot be read.
+    """
+    # How devices shared a training step has no meaning for an evaluation.
+    changed |= {"parallelism": "jit", "batch_statistics": "synchronised"}
+    config = dataclasses.replace(read_config(folder), **changed)
+    path = RunFolder(folder).checkpoints
+    if not path.is_dir():
+        raise ArgumentError(f"{folder} has no checkpoints: the run stopped before the first one")
+    experiment = experiment_from(config)
+    with contextlib.closing(Checkpoints(path, keep=None)) as checkpoints:
+        known = checkpoints.steps()
+        chosen = checkpoints.best_step() if step is None else step
+        if chosen not in known:
+            there = ", ".join(map(str, known)) or "none"
+            raise ArgumentError(f"--step must be a checkpoint of the run ({there}), got {chosen}")
+        state, _ = checkpoints.restore(chosen, experiment.first_state())
+    return Restored(experiment, state, chosen)
+
+
+def accuracy_and_loss(experiment: Experiment, state: TrainState) -> dict[str, dict[str, Any]]:
+    """Returns accuracy and cross-entropy on each split, with any label noise of training."""
+    feeds = {
+        "train": experiment.train,
+        "validation": experiment.validation,
+        "test": experiment.test,
+    }
+    return {
+        name: {
+            "examples": feed.examples,
+            **experiment.evaluate(state.params, state.stats, feed)._asdict(),
+        }
+        for name, feed in feeds.items()
+    }

@@ -1,0 +1,305 @@
+"""How the examples of a split reach the step: from memory, or streamed from disk.
+
+A run is a sequence of launches, each a few steps of one epoch. The examples of a step depend only
+on its number and the key of the run, so a resumed run sees what an uninterrupted one would see.
+"""
+
+import collections
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.data import Part, Split, Stream
+from experiments.step.layout import Layout
+from experiments.step.train_step import StepOnStored, TrainState, keys_of
+
+_LAUNCHES_AHEAD = 2
+
+
+class Launch(Protocol):
+    """Compiled steps. A call donates the state."""
+
+    steps_at_once: int
+
+    def __call__(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, jax.Array]:
+        """Runs the steps from `start` to `stop` (exclusive), at most `steps_at_once`, of one epoch.
+
+        Returns the next state and the losses, float32[steps_at_once], of which the first
+        `stop - start` are set.
+        """
+        ...
+
+
+class Feed(Protocol):
+    """A split on its way to the devices."""
+
+    examples: int
+
+    def launch(
+        self, step: StepOnStored, state: TrainState, batch_size: int, seed: int, epochs: int
+    ) -> Launch:
+        """Compiles the training step.
+
+        Args:
+            step: the training step on stored images.
+            state: gives shapes, types and placement.
+            batch_size: examples per step, at most `examples`.
+            seed: seed of what the host draws.
+            epochs: length of the run.
+        """
+        ...
+
+    def batches(self, size: int) -> Iterator[tuple[Any, Any, np.ndarray]]:
+        """Yields images, labels and which examples count; all batches have one size."""
+        ...
+
+
+def feed_of(part: Part, layout: Layout, steps_at_once: int) -> Feed:
+    """Returns the feed of a part of a data set.
+
+    Args:
+        part: in memory or streamed.
+        layout: layout of the batches over the devices.
+        steps_at_once: length of the longest launch, for a part in memory.
+    """
+    made: Any = Streamed if part.streamed else InMemory
+    return made(part, layout, steps_at_once)
+
+
+class Steps(NamedTuple):
+    """The steps of a run on a split in memory, as pure functions.
+
+    Attributes:
+        order_of: maps state and epoch to the examples of its steps, int32[steps, batch]. Every
+            epoch has its own order, without the incomplete last batch.
+        launch: maps state, split, order, first step and last step (exclusive, in the same epoch)
+            to the next state and the losses, float32[steps_at_once].
+    """
+
+    order_of: Callable[[TrainState, jax.Array], jax.Array]
+    launch: Callable[[TrainState, Split, jax.Array, Any, Any], tuple[TrainState, jax.Array]]
+
+
+def steps_on(
+    step: StepOnStored,
+    examples: int,
+    batch_size: int,
+    steps_at_once: int,
+    constrained: Callable[[Any], Any] = lambda batch: batch,
+) -> Steps:
+    """Returns the steps on a split of `examples`.
+
+    Args:
+        step: the training step on stored images.
+        examples: number of examples.
+        batch_size: examples per step, at most `examples`.
+        steps_at_once: length of the longest launch. If it is 1, the program has no loop.
+        constrained: lays a batch over devices.
+    """
+    steps_per_epoch = examples // batch_size
+
+    def order_of(state: TrainState, epoch: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(keys_of(state).order, epoch)
+        permutation = jax.random.permutation(key, examples)
+        return permutation[: steps_per_epoch * batch_size].reshape(steps_per_epoch, batch_size)
+
+    def one(state: TrainState, data: Split, order: jax.Array, number: jax.Array) -> tuple:
+        # Each device gathers only its own rows.
+        indices = constrained(order[number % steps_per_epoch])
+        # The same number for all replicas, so that `when` is decided once for all.
+        state = state._replace(step=number)
+        return step(state, constrained(jax.tree.map(lambda x: x[indices], data)))
+
+    def single(state: TrainState, data: Split, order: jax.Array, start: Any, _: Any) -> tuple:
+        state, loss = one(state, data, order, start)
+        return state, loss[None]
+
+    # A loop of unknown length: launches of every length share one compiled program.
+    def several(state: TrainState, data: Split, order: jax.Array, start: Any, stop: Any) -> tuple:
+        def body(number: jax.Array, carry: tuple) -> tuple:
+            state, losses = carry
+            state, loss = one(state, data, order, number)
+            return state, losses.at[number - start].set(loss)
+
+        losses = jnp.zeros(steps_at_once, jnp.float32)
+        return jax.lax.fori_loop(start, stop, body, (state, losses))
+
+    return Steps(order_of, single if steps_at_once == 1 else several)
+
+
+class InMemory:
+    """A split that is held whole on every device. See :class:`Feed`."""
+
+    def __init__(self, split: Split, layout: Layout, steps_at_once: int) -> None:
+        self.split, self.examples = layout.put(split), split.examples
+        self._layout, self._steps_at_once = layout, steps_at_once
+
+    def launch(
+        self, step: StepOnStored, state: TrainState, batch_size: int, seed: int, epochs: int
+    ) -> Launch:
+        """See :class:`Feed`. The order of the examples depends on the key of the state."""
+        return _LaunchInMemory(
+            step, state, self.split, batch_size, self._steps_at_once, self._layout
+        )
+
+    def batches(self, size: int) -> Iterator[tuple[Any, Any, np.ndarray]]:
+        """See :class:`Feed`."""
+        parts = self._layout.parts
+        size = min(size, -(-self.examples // parts) * parts)
+        if self.examples < size:
+            # Devices share batches evenly.
+            filled = Split(*(_padded(x, size, jnp.pad) for x in self.split))
+            yield *filled, np.arange(size) < self.examples
+            return
+        for part, counted in windows(self.examples, size):
+            images, labels = (jax.lax.slice_in_dim(x, part.start, part.stop) for x in self.split)
+            yield images, labels, counted
+
+
+class _LaunchInMemory:
+    """See :class:`Launch`."""
+
+    def __init__(
+        self,
+        step: StepOnStored,
+        state: TrainState,
+        split: Split,
+        batch_size: int,
+        steps_at_once: int,
+        layout: Layout,
+    ) -> None:
+        self.steps_at_once = steps_at_once
+        self._split = split
+        self._steps_per_epoch = split.examples // batch_size
+        self._epoch = -1
+        steps = steps_on(step, split.examples, batch_size, steps_at_once, layout.constrained)
+        self._order_of = jax.jit(steps.order_of, out_shardings=layout.whole)
+        self._order = self._order_of(state, np.int32(0))
+        launch = layout.jit(steps.launch, state)
+        number = np.int32(0)
+        with layout.context():
+            self.compiled = launch.lower(state, split, self._order, number, number).compile()
+
+    def __call__(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, jax.Array]:
+        epoch = start // self._steps_per_epoch
+        if epoch != self._epoch:
+            self._order, self._epoch = self._order_of(state, np.int32(epoch)), epoch
+        return self.compiled(state, self._split, self._order, np.int32(start), np.int32(stop))
+
+
+class Streamed:
+    """A split that is read and decoded batch by batch. See :class:`Feed`."""
+
+    def __init__(self, stream: Stream, layout: Layout, _: int) -> None:
+        self.examples, self._stream, self._layout = stream.examples, stream, layout
+
+    def launch(
+        self, step: StepOnStored, state: TrainState, batch_size: int, seed: int, epochs: int
+    ) -> Launch:
+        """See :class:`Feed`. A launch is one step; order and crops depend on the seed."""
+        here = self._layout.rows_here(batch_size)
+
+        def batches_from(first_step: int) -> Iterator[Split]:
+            rows = self._stream.training_batches(batch_size, seed, first_step, epochs, here)
+            return (self._layout.batch(batch, batch_size) for batch in rows)
+
+        return _LaunchStreamed(
+            step, state, self._stream.image_shape, batch_size, batches_from, self._layout
+        )
+
+    def batches(self, size: int) -> Iterator[tuple[Any, Any, np.ndarray]]:
+        """See :class:`Feed`."""
+        here = self._layout.rows_here(size)
+        for number, rows in enumerate(self._stream.batches(size, here)):
+            filled = jax.tree.map(lambda x: _padded(x, len(here), np.pad), rows)
+            counted = np.arange(size) < self.examples - number * size
+            yield *self._layout.batch(filled, size), counted
+
+
+class _LaunchStreamed:
+    """See :class:`Launch`."""
+
+    steps_at_once = 1
+
+    def __init__(
+        self,
+        step: StepOnStored,
+        state: TrainState,
+        image_shape: tuple[int, ...],
+        batch_size: int,
+        batches_from: Callable[[int], Iterator[Split]],
+        layout: Layout,
+    ) -> None:
+        def single(state: TrainState, batch: Split) -> tuple:
+            state, loss = step(state, batch)
+            return state, loss[None]
+
+        self._batches_from = batches_from
+        self._batches: Iterator[Split] | None = None
+        shapes = Split(
+            jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8, sharding=layout.split),
+            jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=layout.split),
+        )
+        with layout.context():
+            self.compiled = layout.jit(single, state).lower(state, shapes).compile()
+
+    def __call__(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, jax.Array]:
+        if self._batches is None:
+            self._batches = self._batches_from(start)
+        return self.compiled(state, next(self._batches))
+
+
+def advance(
+    launch: Launch,
+    state: TrainState,
+    start: int,
+    stop: int,
+    note: Callable[[list[float]], None],
+    interrupted: Callable[[int], bool] = lambda step: False,
+) -> tuple[TrainState, int]:
+    """Launches the steps from `start` to `stop` (exclusive), of one epoch.
+
+    Args:
+        launch: the compiled steps.
+        state: the state at step `start`; donated.
+        start: number of the first step.
+        stop: number of the step after the last.
+        note: called with the losses of each launch when they are computed.
+        interrupted: called before each launch with its first step; True stops there.
+
+    Returns:
+        The state, and the number of its step.
+    """
+    under_way: collections.deque[tuple[jax.Array, int]] = collections.deque()
+
+    def note_next() -> None:
+        losses, steps = under_way.popleft()
+        note(np.asarray(losses)[:steps].tolist())
+
+    while start < stop and not interrupted(start):
+        end = min(stop, start + launch.steps_at_once)
+        state, losses = launch(state, start, end)
+        under_way.append((losses, end - start))
+        start = end
+        # The device never waits for the host, and a signal never waits for many launches.
+        if len(under_way) > _LAUNCHES_AHEAD:
+            note_next()
+    while under_way:
+        note_next()
+    return state, start
+
+
+def windows(examples: int, size: int) -> Iterator[tuple[slice, np.ndarray]]:
+    """Yields parts of one size that cover all examples, and which of a part were in none before."""
+    size = min(size, examples)
+    for first in range(0, examples, size):
+        start = min(first, examples - size)
+        yield slice(start, start + size), np.arange(start, start + size) >= first
+
+
+def _padded(x: Any, size: int, pad: Callable) -> Any:
+    """Fills up the first axis of `x` to `size` with zeros."""
+    return pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1))
