@@ -22,7 +22,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
     command_line.parse(ResultTablesOptions, __doc__ or "", args)
     for path, text in updated(ROOT).items():
-        files.write(path, text)
+        files.write_text(path, text)
         print(f"wrote the tables of {path.relative_to(ROOT)}")
 
 

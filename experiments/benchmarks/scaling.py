@@ -129,7 +129,7 @@ def cases(problem: Problem, rho: float) -> dict[str, Case]:
     }
 
 
-def measure(
+def count(
     problem: Problem, rho: float, devices: Sequence[int], names: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
     """Returns a row per method and number of devices; of the methods in `names`, or of all."""
@@ -219,7 +219,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = command_line.parse(ScalingOptions, __doc__ or "", args)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
-    rows = measure(problem_of(options.network, options.batch_size), options.rho, DEVICES)
+    rows = count(problem_of(options.network, options.batch_size), options.rho, DEVICES)
     layers = NETWORKS[options.network][0]
     print(f"{options.network} {layers}, {options.batch_size} examples per device\n")
     print(scaling_as_text(rows))

@@ -150,7 +150,7 @@ def family(apply: Callable, params: Any, stats: Any, rho: float) -> list[Subject
     ]
 
 
-def measure(network: str, options: StepsOptions) -> dict[str, list[dict[str, Any]]]:
+def time_steps(network: str, options: StepsOptions) -> dict[str, list[dict[str, Any]]]:
     """Returns two tables, beside optax and of the family, with a row per method."""
     apply, params, stats = models.create(
         network, IMAGE_SHAPE, CLASSES, seed=0, **NETWORKS[network][1]
@@ -238,7 +238,7 @@ def main(args: Sequence[str] | None = None) -> None:
     options = command_line.parse(StepsOptions, __doc__ or "", args)
     results = {}
     for network in ["mlp", "cnn"] if options.network == "both" else [options.network]:
-        results[network] = measure(network, options)
+        results[network] = time_steps(network, options)
         for title, rows in results[network].items():
             heading = f"{network} {NETWORKS[network][0]}, batch {options.batch_size}, {title}"
             print(f"\n{heading}\n{steps_as_text(rows)}", flush=True)

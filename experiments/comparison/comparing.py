@@ -54,7 +54,7 @@ def compare(
             _note_continuation(origin, about)
             results.write_about(folder, origin)
         run.train()
-        report.write(folder, report.sections_of([comparison], baseline))
+        report.write_report(folder, report.sections_of([comparison], baseline))
 
 
 def report_again(folders: Sequence[Path], folder: Path, baseline: str | None = None) -> None:
@@ -68,14 +68,14 @@ def report_again(folders: Sequence[Path], folder: Path, baseline: str | None = N
     Raises:
         ArgumentError: if results cannot be read, or the folder exists.
     """
-    comparisons = results.merged(itertools.chain.from_iterable(map(results.read, folders)))
+    comparisons = results.merged(itertools.chain.from_iterable(map(results.read_results, folders)))
     sections = report.sections_of(comparisons, baseline)
     try:
         files.check_new(folder)
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArgumentError(f"--output must be a new folder: {error}") from error
-    report.write(folder, sections)
+    report.write_report(folder, sections)
     results.write_merged(folder, comparisons)
 
 
@@ -100,7 +100,7 @@ def _opened(folder: Path, about: dict[str, Any]) -> Comparison:
             f"{values[odd[0]]}, not {grid[odd[0]]}"
         )
     if results.there_are_any(folder):
-        (comparison,) = results.read(folder)
+        (comparison,) = results.read_results(folder)
         return comparison
     return Comparison(about["task"], [], [there])
 

@@ -18,7 +18,7 @@ _MARKED = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.S)
 
 def there(root: Path) -> list[Comparison]:
     """Returns the comparisons, one per task, in the order of their label noise."""
-    comparisons = results.merged(results.read(root / RESULTS))
+    comparisons = results.merged(results.read_results(root / RESULTS))
     return sorted(comparisons, key=lambda comparison: comparison.task["label_noise"])
 
 

@@ -136,7 +136,7 @@ class GridRun:
         begun = time.perf_counter()
         experiment = self._examples.experiment(group[0])
         program = capacity.program(experiment, len(group), self._limit)
-        progress.write(
+        progress.print_line(
             f"{group[0].label}, {group[0].epochs} epochs: {len(self._missing_in(group))} runs, "
             f"{program.count} at once, compiled in {time.perf_counter() - begun:.1f} s"
         )
@@ -187,7 +187,7 @@ class GridRun:
     def _add(self, new: list[Result]) -> None:
         self._comparison.results += new
         self._comparison.origins[0]["finished"] = len(self._comparison.results)
-        results.write(self._folder, self._comparison)
+        results.write_results(self._folder, self._comparison)
 
 
 def _program_of(recipe: Recipe) -> tuple:
@@ -244,7 +244,7 @@ def _trained_alone(grid: Grid, recipe: Recipe, folder: Path) -> Result:
         summary = train(config, output if resumes else None)
         if summary["status"] != FINISHED:
             raise KeyboardInterrupt
-    (comparison,) = results.read(output)
+    (comparison,) = results.read_results(output)
     (result,) = comparison.results
     return result
 

@@ -17,7 +17,8 @@ from experiments.config.hyperparameters import STRUCTURAL
 from experiments.config.recipe import Recipe
 from experiments.data import Dataset, Split
 from experiments.run.experiment import Experiment
-from experiments.step import feeds
+from experiments.step.epochs import Steps, steps_on
+from experiments.step.feeds import windows
 from experiments.step.train_step import TrainState
 from experiments.system import machine
 
@@ -228,9 +229,9 @@ class Replicas:
         best = jax.tree.map(jnp.copy, (state.params, state.stats))
         return Population(state, jnp.float32(-1), *best)
 
-    def _steps_with(self, values: dict[str, jax.Array]) -> feeds.Steps:
+    def _steps_with(self, values: dict[str, jax.Array]) -> Steps:
         experiment = self._experiment
-        return feeds.steps_on(
+        return steps_on(
             experiment.step_of({**experiment.recipe.hyperparameters, **values}),
             experiment.train.examples,
             experiment.recipe.batch_size,
@@ -262,7 +263,7 @@ class Replicas:
         size = self._experiment.recipe.microbatch_size
         totals = [
             sums(params, stats, split.images[part], split.labels[..., part], counted)
-            for part, counted in feeds.windows(examples, size)
+            for part, counted in windows(examples, size)
         ]
         means = np.sum([np.asarray(total, np.float64) for total in totals], axis=0) / examples
         return means[:, 0], means[:, 1]

@@ -34,7 +34,7 @@ def sections_of(comparisons: Sequence[Comparison], baseline: str | None) -> list
     ]
 
 
-def write(folder: Path, sections: Sequence[Section]) -> None:
+def write_report(folder: Path, sections: Sequence[Section]) -> None:
     """Writes report.md, report.html, summary.csv and the plots.
 
     Args:
@@ -46,9 +46,9 @@ def write(folder: Path, sections: Sequence[Section]) -> None:
     parts = [_section(known, number, images, folder) for number, known in enumerate(sections, 1)]
     text = "\n\n".join(["# " + _title(comparisons), *parts, _METHOD, _origins(comparisons)]) + "\n"
     for name, image in images.items():
-        files.write(folder / name, image)
-    files.write(folder / "report.md", text)
-    files.write(folder / "report.html", _page(text, images))
+        files.write_text(folder / name, image)
+    files.write_text(folder / "report.md", text)
+    files.write_text(folder / "report.html", _page(text, images))
     _write_summary(folder / "summary.csv", sections)
 
 

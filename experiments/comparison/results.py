@@ -89,7 +89,7 @@ class Comparison:
     origins: list[dict[str, Any]]
 
 
-def write(folder: Path, comparison: Comparison) -> None:
+def write_results(folder: Path, comparison: Comparison) -> None:
     """Writes runs.csv and curves.csv, each of them whole or not at all."""
     lines, points = [], []
     for number, result in enumerate(comparison.results):
@@ -108,16 +108,16 @@ def write_merged(folder: Path, comparisons: Sequence[Comparison]) -> None:
     for number, comparison in enumerate(comparisons, 1):
         part = folder if len(comparisons) == 1 else folder / str(number)
         part.mkdir(exist_ok=True)
-        write(part, comparison)
+        write_results(part, comparison)
         write_about(part, {"task": comparison.task, "origins": comparison.origins})
 
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:
     """Writes comparison.json."""
-    files.write(folder / "comparison.json", json.dumps(about, indent=2) + "\n")
+    files.write_text(folder / "comparison.json", json.dumps(about, indent=2) + "\n")
 
 
-def read(folder: Path) -> list[Comparison]:
+def read_results(folder: Path) -> list[Comparison]:
     """Returns the results in a folder of `experiments.compare` or `experiments.train`.
 
     If it holds such folders, returns the results of all.

@@ -20,7 +20,7 @@ from experiments.models.layers import (
 CHANNELS = (16, 32, 64)
 
 
-class Block(nnx.Module):
+class CifarBlock(nnx.Module):
     """Two 3x3 convolutions; the shortcut takes every `stride`-th pixel and adds zero channels."""
 
     def __init__(
@@ -59,7 +59,7 @@ class CifarResNet(nnx.Module):
         for n_out in CHANNELS:
             for _ in range((depth - 2) // 6):
                 stride = 1 if n_in == n_out else 2
-                self.blocks.append(Block(n_in, n_out, stride, dtype=dtype, rngs=rngs))
+                self.blocks.append(CifarBlock(n_in, n_out, stride, dtype=dtype, rngs=rngs))
                 n_in = n_out
         self.head = head(n_in, classes, rngs=rngs)
 

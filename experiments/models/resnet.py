@@ -37,7 +37,7 @@ class Projection(nnx.Module):
         return self.norm(self.convolution(x), train=train)
 
 
-class Block(nnx.Module):
+class ResNetBlock(nnx.Module):
     """Basic: 3x3 and 3x3 convolutions. Bottleneck: 1x1, 3x3, and 1x1 to 4 times the `channels`."""
 
     def __init__(
@@ -99,7 +99,7 @@ class ResNet(nnx.Module):
         n_in = 64
         for group, count in enumerate(blocks):
             for number in range(count):
-                block = Block(
+                block = ResNetBlock(
                     n_in,
                     64 * 2**group,
                     2 if group > 0 and number == 0 else 1,

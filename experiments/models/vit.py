@@ -27,7 +27,7 @@ def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     return nnx.LayerNorm(width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
 
 
-class Block(nnx.Module):
+class TransformerBlock(nnx.Module):
     """Self-attention and a perceptron of ratio 4, each after a layer normalisation."""
 
     def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
@@ -87,7 +87,9 @@ class ViT(nnx.Module):
         self.class_token = nnx.Param(INIT(rngs.params(), (1, 1, width), jnp.float32))
         self.positions = nnx.Param(INIT(rngs.params(), (1, tokens, width), jnp.float32))
         self.dropout_rate = dropout
-        self.blocks = nnx.List(Block(width, heads, dtype=dtype, rngs=rngs) for _ in range(depth))
+        self.blocks = nnx.List(
+            TransformerBlock(width, heads, dtype=dtype, rngs=rngs) for _ in range(depth)
+        )
         self.norm = layer_norm(width, rngs=rngs)
         self.head = linear(width, classes, dtype=jnp.float32, rngs=rngs)
 

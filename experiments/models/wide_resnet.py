@@ -22,7 +22,7 @@ from experiments.models.layers import convolution as any_convolution
 convolution = functools.partial(any_convolution, fan="fan_out")
 
 
-class Block(nnx.Module):
+class WideBlock(nnx.Module):
     """Two 3x3 convolutions; where the width changes, the shortcut is a 1x1 convolution.
 
     That convolution takes the normalised input, as in the authors' code; other shortcuts the raw.
@@ -69,7 +69,7 @@ class WideResNet(nnx.Module):
             for number in range((depth - 4) // 6):
                 stride = 2 if group > 0 and number == 0 else 1
                 n_out = channels * width
-                self.blocks.append(Block(n_in, n_out, stride, dtype=dtype, rngs=rngs))
+                self.blocks.append(WideBlock(n_in, n_out, stride, dtype=dtype, rngs=rngs))
                 n_in = n_out
         self.norm = BatchNorm(n_in, rngs=rngs)
         self.head = head(n_in, classes, rngs=rngs)

@@ -132,7 +132,7 @@ class RunFolder:
 
     def _write(self, name: str, text: str) -> None:
         if self._writes:
-            files.write(self.path / name, text)
+            files.write_text(self.path / name, text)
 
 
 def as_json(config: Config) -> dict[str, Any]:

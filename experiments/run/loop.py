@@ -161,7 +161,7 @@ class Run:
             self._save(accuracy)
         if is_best:
             self.best = row
-        progress.write(
+        progress.print_line(
             f"epoch {row['epoch']:3d}  loss {row['loss']:.4f}  validation {100 * accuracy:6.2f} %  "
             f"{row['examples_per_second']:,.0f} examples/s"
         )

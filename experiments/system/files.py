@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     """Writes `text` to `path`, replacing the file if it exists."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(text)
@@ -24,7 +24,7 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, An
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write(path, text.getvalue())
+    write_text(path, text.getvalue())
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

@@ -30,7 +30,7 @@ def shown(total: int, unit: str, *, done: int = 0, silent: bool = False) -> Iter
             bar.close()
 
 
-def write(line: str) -> None:
+def print_line(line: str) -> None:
     """A line on standard output, above any bar."""
     with contextlib.suppress(OSError):
         tqdm.tqdm.write(line, file=sys.stdout)

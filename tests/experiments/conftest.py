@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from experiments import models, sweep_run
+from experiments import models
 
 
 @pytest.fixture(autouse=True)
@@ -28,8 +28,3 @@ def small_vit(monkeypatch):
 
     architecture = models.Architecture(vit, convolutional=False)
     monkeypatch.setitem(models.ARCHITECTURES, "vit_tiny", architecture)
-
-
-@pytest.fixture
-def no_run_is_timed_alone(monkeypatch):
-    monkeypatch.setattr(sweep_run, "SECONDS_TO_TIME_RUNS_ALONE", 0)
