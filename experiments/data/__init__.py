@@ -25,8 +25,8 @@ class DatasetSpec(NamedTuple):
         model: name of the network.
         epochs: passes over the training part.
         batch_size: examples per step.
-        crop_padding: pixels by which images are shifted at most.
-        flip: whether half of the images are mirrored; a mirrored digit is no digit.
+        crop_padding: largest random shift of an image, in pixels.
+        flip: whether half of the images are mirrored. Digits are not: a mirrored digit is wrong.
         cutout: share of the images that lose a square.
         checkpoint_epochs: epochs between checkpoints.
     """
@@ -54,7 +54,7 @@ DATASETS = {
 
 
 def dataset_spec(name: str) -> DatasetSpec:
-    """Returns the spec of a data set. Every other name is one that TFDS prepared."""
+    """Returns the spec of a data set. A name not in `DATASETS` is one that TFDS prepared."""
     return DATASETS.get(base_name(name), DatasetSpec())
 
 

@@ -1,4 +1,4 @@
-"""What a data set is to the other rooms: what is requested, and what comes back."""
+"""The interface of a data set: the request for it, and its parts."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,8 @@ class Source:
     Attributes:
         name: "digits", or as TFDS writes it: `name`, `name/config`, `name:1.0.0`.
         train_examples: number of training examples; None for all but the validation part.
-        label_noise: share of the training and validation labels that another class replaces.
+        label_noise: share of the training and validation labels that are replaced by another
+            class.
         seed: seed of the label noise.
         image_size: height and width in pixels; None for the stored size, or 224 if sizes vary.
         data_dir: where TFDS prepared the data set; None for TFDS's own folder.
@@ -37,7 +38,7 @@ class Part(Protocol):
 
     @property
     def streamed(self) -> bool:
-        """Whether batches are read from disk. Streamed training images come randomly cropped."""
+        """Whether batches are read from disk. Streamed training images are randomly cropped."""
         ...
 
     @property
@@ -47,25 +48,25 @@ class Part(Protocol):
 
     @property
     def identity(self) -> tuple[Any, ...]:
-        """Arrays that differ if the examples differ."""
+        """The arrays that differ if the examples differ."""
         ...
 
     def sample(self) -> Iterator[np.ndarray]:
-        """Yields images, or blocks of images, to take the mean and standard deviation of."""
+        """Yields images, or blocks of images, for the mean and the standard deviation."""
         ...
 
 
 class Dataset(NamedTuple):
-    """Three disjoint parts. Label noise affects only train and validation.
+    """The three disjoint parts of a data set. Label noise affects only train and validation.
 
     Attributes:
-        train: to train on.
-        validation: to choose the checkpoint.
-        test: to report.
+        train: the part to train on.
+        validation: the part that chooses the checkpoint.
+        test: the part that is reported.
         classes: number of classes; labels are 0 to `classes - 1`.
         image_shape: height, width and channels of the images that reach the model.
-        mean: float32[channels], in the units of the images.
-        std: float32[channels], in the units of the images.
+        mean: float32[channels], mean of the pixels, in the units of the images.
+        std: float32[channels], their standard deviation, in the same units.
         name: the requested name.
     """
 
@@ -80,7 +81,7 @@ class Dataset(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all bytes in memory, or of which records are streamed."""
+        """A hash of all bytes in memory, or of the list of streamed records."""
         known = repr((self.name, self.classes, self.image_shape))
         digest = hashlib.blake2b(known.encode())
         for part in (self.train, self.validation, self.test):

@@ -1,4 +1,4 @@
-"""The data set that comes with scikit-learn: nothing to download."""
+"""The data set that comes with scikit-learn. It needs no download."""
 
 import numpy as np
 
@@ -15,23 +15,25 @@ from experiments.data.splits import (
 def digits(source: Source) -> Dataset:
     """Returns scikit-learn's 1,797 digits: 8x8 pixels from 0 to 16.
 
-    The split is stratified and does not depend on the seed: 1,257 examples to train, 180 to choose
-    the checkpoint, 360 to test.
+    The split is stratified and does not depend on the seed: 1,257 training, 180 validation and 360
+    test examples.
 
     Raises:
-        DatasetError: if more training examples, or images of another size, are requested.
+        DatasetError: if too many training examples or another image size are requested.
 
     References:
         Alpaydin and Kaynak, `Optical Recognition of Handwritten Digits
         <https://doi.org/10.24432/C50P49>`_, UCI Machine Learning Repository, 1998
     """
     if source.name != "digits":
-        raise DatasetError(f"the digits have no configurations or versions, got {source.name!r}")
+        raise DatasetError(
+            f"the digits have no configurations or versions: use 'digits', got {source.name!r}"
+        )
     if source.image_size not in (None, 8):
         raise DatasetError(
             f"the digits have 8x8 pixels: image_size must be 8, got {source.image_size}"
         )
-    # Imported late: it takes 1 s, also in each worker of a stream.
+    # Imported here because it takes 1 s, also in each worker of a stream.
     from sklearn.datasets import load_digits
 
     pixels, targets = load_digits(return_X_y=True)

@@ -1,4 +1,4 @@
-"""Image files to arrays: whole, cropped at random, or the centre."""
+"""Decodes image files: whole, cropped at random, or the central part."""
 
 import io
 import math
@@ -16,36 +16,36 @@ Box = tuple[float, float, float, float]
 
 
 def decode(file: bytes, channels: int) -> np.ndarray:
-    """The image as uint8[height, width, channels], whatever the file's colour model."""
+    """Returns the image as uint8[height, width, channels], for any color model of the file."""
     return _pixels(_open(file, channels))
 
 
 def random_resized_crop(
     file: bytes, channels: int, size: tuple[int, int], rng: np.random.Generator
 ) -> np.ndarray:
-    """A random part of the image, resized: uint8[height, width, channels].
+    """Returns a random part of the image, resized: uint8[height, width, channels].
 
     Args:
         file: the encoded image.
-        channels: of the result.
+        channels: number of channels of the result.
         size: height and width of the result.
-        rng: for the part, whose area is uniform in 8 to 100 % of the image and whose ratio of
+        rng: draws the part. Its area is uniform in 8 to 100 % of the image, and its ratio of
             width to height is log-uniform in 3/4 to 4/3.
 
     References:
-        Szegedy et al., `Going Deeper with Convolutions <https://arxiv.org/abs/1409.4842>`_, 2015;
-        with the rule of torchvision's `RandomResizedCrop` for parts that do not fit: the tenth
-        leads to the largest central part of a ratio within the range.
+        Szegedy et al., `Going Deeper with Convolutions <https://arxiv.org/abs/1409.4842>`_, 2015.
+        Parts that do not fit are drawn again, as in torchvision's `RandomResizedCrop`. After ten
+        draws the result is the largest central part with a ratio in the range.
     """
     image = _open(file, channels)
     return _resized(image, random_box(image.size, rng), size)
 
 
 def centre_crop(file: bytes, channels: int, size: tuple[int, int]) -> np.ndarray:
-    """The central part of the image, resized: uint8[height, width, channels].
+    """Returns the central part of the image, resized: uint8[height, width, channels].
 
-    It is what results from resizing to 256/224 of the `size` that is to be covered and cutting
-    off the border, but in one interpolation.
+    The part is that of a resize to cover 256/224 of `size` and a central crop, but with only one
+    interpolation.
     """
     image = _open(file, channels)
     width, height = image.size
@@ -54,7 +54,7 @@ def centre_crop(file: bytes, channels: int, size: tuple[int, int]) -> np.ndarray
 
 
 def random_box(image_size: tuple[int, int], rng: np.random.Generator) -> Box:
-    """Left, top, right and bottom of the random part of an image of that width and height."""
+    """Returns left, top, right and bottom of a random part of an image (width, height)."""
     width, height = image_size
     for _ in range(10):
         area = width * height * rng.uniform(SCALE[0], SCALE[1])

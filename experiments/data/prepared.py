@@ -1,4 +1,4 @@
-"""Finds a data set that TFDS has prepared, on disk alone: TFDS itself would ask the network."""
+"""Finds a data set that TFDS prepared on disk. TFDS itself would use the network."""
 
 import os
 import re
@@ -15,17 +15,17 @@ _METADATA = ("dataset_info.json", "features.json")
 
 
 def open_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> Any:
-    """The TFDS builder of what is on disk, for reading.
+    """Returns the TFDS builder that reads a prepared data set.
 
     Args:
         name: as TFDS writes it: `name`, `name/config`, `name:version` or `name/config:version`.
-            Without a version it is the newest, without a configuration the only one.
-        data_dir: where TFDS put it; by default where TFDS puts everything, `TFDS_DATA_DIR` or
+            The default version is the newest, the default configuration the only one.
+        data_dir: the folder that TFDS prepared it in; by default TFDS's own, `TFDS_DATA_DIR` or
             `~/tensorflow_datasets`.
 
     Raises:
-        DatasetError: if it is not there, or not in the format that can be read without
-            TensorFlow. The message has the commands that prepare it.
+        DatasetError: if it is not there, or its format needs TensorFlow to read. The message has
+            the commands that prepare it.
     """
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     root = Path(default if data_dir is None else data_dir).expanduser()
@@ -44,11 +44,11 @@ def open_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> A
 
 
 def _folder(name: str, root: Path) -> Path:
-    """The folder of the version, with the files that describe it."""
+    """Returns the folder of the version, which has the files that describe it."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise DatasetError(
-            f"{name!r} names no data set: 'digits', or as TFDS writes it 'name', 'name/config', "
+            f"{name!r} names no data set: use 'digits', or a TFDS name: 'name', 'name/config', "
             "'name:1.0.0' or 'name/config:1.0.0'"
         )
     folder = root / match["dataset"]

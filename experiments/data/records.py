@@ -1,4 +1,4 @@
-"""Image files and their labels, read at random from what TFDS prepared."""
+"""Image files and their labels, read in any order from what TFDS prepared."""
 
 import dataclasses
 from typing import Any
@@ -14,12 +14,12 @@ class Records:
 
     Attributes:
         source: TFDS's data source, which does not decode images.
-        image_key: of the image in a record.
-        label_key: of the label in a record.
-        channels: of the decoded images.
-        classes: labels are 0 to `classes - 1`.
-        indices: int[examples].
-        offsets: int[examples], added to the labels modulo `classes`: the label noise.
+        image_key: key of the image in a record.
+        label_key: key of the label in a record.
+        channels: number of channels of the decoded images.
+        classes: number of classes; labels are 0 to `classes - 1`.
+        indices: int[examples], the records of the sequence.
+        offsets: int[examples], the label noise: added to the labels modulo `classes`.
     """
 
     source: Any
@@ -34,7 +34,7 @@ class Records:
         return len(self.indices)
 
     def read(self, positions: np.ndarray | slice) -> list[tuple[bytes, int]]:
-        """Image files and labels, in one access: one by one takes ten times as long."""
+        """Returns image files and labels. One access for all is ten times faster than one each."""
         records = self.source.__getitems__(self.indices[positions].tolist())
         offsets = self.offsets[positions].tolist()
         return [

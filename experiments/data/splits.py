@@ -26,7 +26,7 @@ class Split(NamedTuple):
 
     @property
     def streamed(self) -> bool:
-        """False."""
+        """False: it is in memory."""
         return False
 
     @property
@@ -50,9 +50,9 @@ def blocks(count: int) -> Iterator[slice]:
 
 
 def label_offsets(count: int, share: float, classes: int, rng: np.random.Generator) -> np.ndarray:
-    """What label noise adds to each of `count` labels, modulo `classes`: int32[count].
+    """Returns what label noise adds to each of `count` labels, modulo `classes`: int32[count].
 
-    Not 0 for `round(share * count)` of them, and for those any other class alike.
+    `round(share * count)` of them are not 0, and make every other class equally likely.
     """
     wrong = rng.permutation(count)[: round(share * count)]
     offsets = np.zeros(count, np.int32)
@@ -63,12 +63,12 @@ def label_offsets(count: int, share: float, classes: int, rng: np.random.Generat
 def with_label_noise(
     labels: np.ndarray, share: float, classes: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Replaces `round(share * len(labels))` labels, each by any other class alike."""
+    """Replaces `round(share * len(labels))` labels. Every other class is equally likely."""
     return (labels + label_offsets(len(labels), share, classes, rng)) % classes
 
 
 def first_examples(indices: np.ndarray, count: int | None) -> np.ndarray:
-    """The first `count` training examples, or all: a smaller subset is part of a larger one."""
+    """Returns the first `count` training examples, or all. Smaller subsets lie in larger ones."""
     if count is None:
         return indices
     if not 1 <= count <= len(indices):

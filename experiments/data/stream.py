@@ -1,4 +1,4 @@
-"""Batches of what does not fit in memory, decoded by worker processes."""
+"""Batches of a data set that does not fit in memory, decoded by worker processes."""
 
 import dataclasses
 import functools
@@ -16,13 +16,13 @@ from experiments.data.workers import made_ahead
 class Stream:
     """A part of a data set that is read, decoded and resized anew for each batch.
 
-    A batch depends on the arguments alone, not on the number of workers or on where the stream was
-    entered.
+    A batch depends only on the arguments, not on the number of workers or on the first step that
+    is read.
 
     Attributes:
         records: image files and labels.
         image_size: height and width of the images in the batches.
-        workers: processes that make the batches; 0 for this one.
+        workers: number of processes that make the batches; 0 to make them in this process.
     """
 
     records: Records
@@ -31,7 +31,7 @@ class Stream:
 
     @property
     def streamed(self) -> bool:
-        """True."""
+        """True: it is read from disk."""
         return True
 
     @property
@@ -46,7 +46,7 @@ class Stream:
 
     @property
     def identity(self) -> tuple[np.ndarray, ...]:
-        """Which records there are, and their label noise."""
+        """The indices of the records, and their label noise."""
         return (self.records.indices, self.records.offsets)
 
     def sample(self) -> Iterator[np.ndarray]:
@@ -64,21 +64,21 @@ class Stream:
         epochs: int = 1,
         rows: np.ndarray | None = None,
     ) -> Iterator[Split]:
-        """Random parts of the images in random order, both new in each epoch.
+        """Returns random parts of the images in random order, both new in each epoch.
 
         Args:
-            batch_size: examples a batch; what is left over at the end of an epoch is dropped.
-            seed: of the orders and the parts, at least 0 and below 2**32.
-            first_step: number of batches to leave out, without reading them.
-            epochs: passes over the examples, those left out included.
-            rows: int[rows], those of each batch that are made here (default: all), whatever the
-                others are.
+            batch_size: examples per batch. An epoch drops its incomplete last batch.
+            seed: seed of the orders and the parts, at least 0 and below 2**32.
+            first_step: number of batches to skip. They are not read.
+            epochs: passes over the examples, skipped batches included.
+            rows: int[rows], the rows of each batch to make here (default: all). They do not
+                depend on the other rows.
 
         Returns:
-            Of NumPy arrays: uint8[rows, height, width, channels] and int32[rows].
+            Batches of NumPy arrays: uint8[rows, height, width, channels] and int32[rows].
 
         Raises:
-            DatasetError: if there are fewer examples than in a batch.
+            DatasetError: if a batch has more examples than there are, or none.
         """
         import grain
 
@@ -97,15 +97,15 @@ class Stream:
         return made_ahead(batches[first_step:], self.workers)
 
     def batches(self, batch_size: int, rows: np.ndarray | None = None) -> Iterator[Split]:
-        """The centres of all images in their order, for evaluation; the last batch may be shorter.
+        """Returns the central parts of all images in order; the last batch may be shorter.
 
         Args:
-            batch_size: examples a batch.
-            rows: int[rows], those of each batch that are made here (default: all).
+            batch_size: examples per batch.
+            rows: int[rows], the rows of each batch to make here (default: all).
 
         Returns:
-            Of NumPy arrays: uint8[rows, height, width, channels] and int32[rows], without the rows
-            that the last batch does not have.
+            Batches of NumPy arrays: uint8[rows, height, width, channels] and int32[rows], without
+            the rows that the last batch lacks.
         """
         import grain
 
@@ -117,7 +117,7 @@ class Stream:
     def _random_parts(
         self, positions: np.ndarray, rng: np.random.Generator, rows: np.ndarray | None
     ) -> Split:
-        # Each image has a seed of its own, so that it is the same whoever makes the others.
+        # One seed per image: an image does not depend on which process makes the others.
         seeds = rng.integers(2**32, size=len(positions))
         here = slice(None) if rows is None else rows
         decode = [

@@ -36,22 +36,22 @@ STATISTICS = {
 def tfds_images(source: Source, *, memory_limit: int = MEMORY_LIMIT) -> Dataset:
     """Returns a data set that TFDS has prepared on disk.
 
-    90 % of TFDS's training split are the training part, and 10 % choose the checkpoint. This split
+    90 % of TFDS's training split are the training part, and 10 % are the validation part, which
     does not depend on the seed. The test part is TFDS's `test`, or `validation` if `test` is
     missing or has no labels. Images are streamed if they differ in size, if another `image_size`
     is requested, or if they need more memory than the limit.
 
     Args:
         source: the request.
-        memory_limit: in bytes; what needs more is streamed.
+        memory_limit: largest size in memory, in bytes. A larger data set is streamed.
 
     Raises:
         DatasetError: if the data set is not on disk, not in array_record format, not an image
             classification data set, or has fewer training examples than requested.
 
     References:
-        `tensorflow.org/datasets <https://www.tensorflow.org/datasets>`_. The statistics of
-        ImageNet are those of torchvision, and Imagenette is a part of it.
+        `tensorflow.org/datasets <https://www.tensorflow.org/datasets>`_. The mean and standard
+        deviation of ImageNet are torchvision's. Imagenette is a part of ImageNet and uses them.
     """
     builder = open_builder(source.name, source.data_dir)
     image_key, label_key = _keys(builder.info)
@@ -91,7 +91,7 @@ def tfds_images(source: Source, *, memory_limit: int = MEMORY_LIMIT) -> Dataset:
 
 
 def _keys(info: Any) -> tuple[str, str]:
-    """Of the image and of the label among the features."""
+    """Returns the keys of the image and of the label among the features."""
     import tensorflow_datasets as tfds
 
     supervised = info.supervised_keys or (None, None)
@@ -120,7 +120,7 @@ def _keys(info: Any) -> tuple[str, str]:
 
 
 def _sources(builder: Any, label_key: str) -> tuple[Any, Any]:
-    """TFDS's data sources of the training and the held-out split."""
+    """Returns TFDS's data sources of the training and the test part."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -159,7 +159,7 @@ def _in_memory(records: Records, shape: tuple[int, int, int]) -> Split:
 
 
 def _statistics(name: str, train: Part) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation: float32[channels] in the units of the images."""
+    """Returns mean and standard deviation: float32[channels] in the units of the images."""
     if name in STATISTICS:
         mean, std = (255 * np.asarray(values) for values in STATISTICS[name])
     else:

@@ -1,4 +1,4 @@
-"""The items of a sequence, made ahead of time by worker processes."""
+"""Makes the items of a sequence ahead of time, in worker processes."""
 
 import collections
 import contextlib
@@ -15,21 +15,22 @@ _items: Any = None
 
 
 def made_ahead(items: Any, workers: int) -> Iterator[Any]:
-    """`items[0]`, `items[1]` and so on, in order, up to two for each worker ahead of the reader.
+    """Yields `items[0]`, `items[1]` and so on, in order, made ahead: at most two per worker.
 
-    Not grain's own workers, because those of 0.2.18 took 27 s to end when a stream was left early;
-    with shared memory 2 s, but left some of it behind, and a container may have little.
+    It does not use grain's own workers. Those of grain 0.2.18 take 27 s to end when a stream is
+    left early. With shared memory they take 2 s, but do not free all of it, and a container may
+    have little.
 
     Args:
-        items: with `__len__` and `__getitem__`; pickled for the workers.
-        workers: number of processes, which end with this iterator and with this process, even if
-            that is killed, and leave SIGINT and SIGTERM to it; 0 to make each item here, when it
-            is asked for.
+        items: a sequence with `__len__` and `__getitem__`; pickled for the workers.
+        workers: number of processes; 0 to make each item in this process when it is needed.
+            Workers ignore SIGINT and SIGTERM. They end with this iterator, and with this process
+            even if it is killed.
     """
     if workers == 0:
         yield from (items[index] for index in range(len(items)))
         return
-    # A forked process would inherit the locks of JAX's threads, which are not there any more.
+    # A forked process would inherit the locks of JAX's threads, but not the threads.
     context = multiprocessing.get_context("spawn")
     pool = futures.ProcessPoolExecutor(workers, context, _start, (items,))
     pending: collections.deque[futures.Future] = collections.deque()
@@ -47,10 +48,10 @@ def made_ahead(items: Any, workers: int) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Processes that start here never see SIGINT and SIGTERM, not even before their first line.
+    """Hides SIGINT and SIGTERM from processes that start inside, even before their first line.
 
-    Both come to all processes of a terminal or a job, and are the parent's to act on: it gets them
-    at the end.
+    A terminal or a job sends both signals to all its processes, but only the parent must act on
+    them. It gets them at the end.
     """
     previous = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:

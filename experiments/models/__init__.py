@@ -27,14 +27,14 @@ Init = Callable[[jax.Array], tuple[Any, Any]]
 
 
 class Architecture(NamedTuple):
-    """A model's class, and what the training loop has to know of it.
+    """A model's class, and what the training loop must know about it.
 
     Attributes:
-        module: called with the image shape and the number of classes.
-        convolutional: whether steps are launched one by one on CPU, where XLA runs convolutions
-            inside a scan many times slower.
-        weighs_more_than_batches: whether there is less to move in a batch's activations than in
-            the parameters.
+        module: the class, called with the image shape and the number of classes.
+        convolutional: whether CPU steps are launched one by one: XLA on CPU runs convolutions
+            inside a loop many times slower.
+        weighs_more_than_batches: whether the parameters take more bytes than a batch's
+            activations.
     """
 
     module: Callable[..., nnx.Module]
@@ -75,20 +75,20 @@ def build(
 
     `init(key)` returns `(params, stats)`, all float32, also under `jax.jit` and `jax.vmap`.
     `apply(params, stats, images, train=..., keys=None)` takes [batch, height, width, channels] and
-    returns `(logits, stats)`, the logits float32 [batch, classes]. Batch statistics move if and
-    only if `train`; then dropout, where a model has it, needs `keys`, one an example: Key[batch].
+    returns `(logits, stats)`, the logits float32 [batch, classes]. Batch statistics change only if
+    `train` is true. Dropout then needs `keys`, one per example: Key[batch].
 
     Args:
-        name: one of ARCHITECTURES.
+        name: a key of `ARCHITECTURES`.
         image_shape: (height, width, channels).
         classes: the number of logits.
-        dtype: that of the computation, float32 or bfloat16.
-        axis_name: under pmap or shard_map, the axis over which batch statistics are taken
-            together; None for those of each device's own examples.
-        **options: for the model's class.
+        dtype: dtype of the computation, float32 or bfloat16.
+        axis_name: axis of pmap or shard_map whose devices share their batch statistics; None if
+            each device has its own.
+        **options: arguments of the model's class.
 
     Raises:
-        ValueError: if there is no such model, or it takes no such images.
+        ValueError: if there is no such model, or it cannot take images of this shape.
     """
     if name not in ARCHITECTURES:
         raise ValueError(f"model must be one of {', '.join(ARCHITECTURES)}; got {name!r}")
@@ -132,7 +132,7 @@ def create(
     dtype: DTypeLike = jnp.float32,
     **options: Any,
 ) -> tuple[Apply, Any, Any]:
-    """Returns `(apply, params, stats)` of a new model; see :func:`build`."""
+    """Returns `(apply, params, stats)` of a new model. See :func:`build`."""
     init, apply = build(name, image_shape, classes, dtype=dtype, **options)
-    # Not compiled as one: that takes up to twice as long for a single model.
+    # Not jitted: for a single model that takes up to twice as long.
     return apply, *init(jax.random.key(seed))

@@ -1,4 +1,4 @@
-"""The residual networks for small images, with shortcuts that have no parameters.
+"""Residual networks for small images. Shortcuts have no parameters.
 
 He, Zhang, Ren, Sun: Deep Residual Learning for Image Recognition, arXiv:1512.03385, section 4.2,
 option A.

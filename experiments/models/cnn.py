@@ -1,4 +1,4 @@
-"""A small convolutional network with batch normalisation."""
+"""A small convolutional network with batch normalization."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Densely connected networks, with the first layer for small images.
+"""Densely connected networks, with a first layer for small images.
 
 Huang, Liu, van der Maaten, Weinberger: Densely Connected Convolutional Networks,
 arXiv:1608.06993, DenseNet-BC.
@@ -46,7 +46,7 @@ class Transition(nnx.Module):
 
 
 class DenseNet(nnx.Module):
-    """Blocks of so many `layers`, a transition between each two."""
+    """Blocks with the numbers of layers in `layers`, and a transition between two blocks."""
 
     def __init__(
         self,

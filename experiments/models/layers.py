@@ -1,4 +1,4 @@
-"""What the families share: convolutions, batch normalisation, dropout's keys, checks."""
+"""Layers that several models share: convolution, batch normalization, pooling, dropout."""
 
 import functools
 import itertools
@@ -21,13 +21,13 @@ def convolution(
     dtype: DTypeLike,
     rngs: nnx.Rngs,
 ) -> nnx.Conv:
-    """A `size` x `size` convolution that halves like PyTorch's, of variance 2 / `fan`."""
+    """Makes a `size` x `size` convolution, padded as in PyTorch, with kernel variance 2 / `fan`."""
     return nnx.Conv(
         n_in,
         n_out,
         kernel_size=(size, size),
         strides=stride,
-        # "SAME" would pad strided convolutions on the right alone, beside what shortcuts sample.
+        # "SAME" pads strided convolutions only on the right: not the pixels that shortcuts sample.
         padding=size // 2,
         use_bias=use_bias,
         kernel_init=nnx.initializers.variance_scaling(2.0, fan, "truncated_normal"),
@@ -37,14 +37,14 @@ def convolution(
 
 
 class BatchNorm(nnx.BatchNorm):
-    """Batch normalisation in float32, returned in the input's dtype.
+    """Batch normalization in float32, returned in the input's dtype.
 
-    Running statistics move by a tenth (PyTorch's momentum 0.1), the variance without Bessel's
-    correction, unlike PyTorch's.
+    Running statistics have PyTorch's momentum of 0.1. Unlike PyTorch's, the running variance has
+    no Bessel correction.
     """
 
     def __init__(self, features: int, *, rngs: nnx.Rngs) -> None:
-        # In bfloat16, nnx would round the statistics and the scale before it normalises.
+        # In bfloat16, nnx would round the statistics and the scale before it normalizes.
         super().__init__(features, momentum=0.9, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -52,19 +52,20 @@ class BatchNorm(nnx.BatchNorm):
 
 
 def head(n_in: int, classes: int, *, rngs: nnx.Rngs) -> nnx.Linear:
-    """The last layer, in float32: logits keep their digits whatever the compute dtype."""
+    """Makes the last layer, in float32: logits keep their precision in any compute dtype."""
     return nnx.Linear(n_in, classes, dtype=jnp.float32, rngs=rngs)
 
 
 def global_mean(x: jax.Array) -> jax.Array:
-    """The mean over height and width of [batch, height, width, channels], in float32."""
+    """Returns the float32 mean over height and width of [batch, height, width, channels]."""
     return x.mean(axis=(1, 2), dtype=jnp.float32)
 
 
 def max_pool(x: jax.Array, window: int) -> jax.Array:
-    """Maxima of `window` x `window` pixels, 2 or 3, around every second pixel of x >= 0.
+    """Returns maxima over `window` x `window` pixels at every second pixel, for x >= 0.
 
-    An odd side is rounded up. Windows of 3 are centred, those of 2 look to the right.
+    `window` is 2 or 3. Half of an odd side is rounded up. A window of 3 is centered on its pixel, a
+    window of 2 starts at it.
     """
     # The gradient of a reduce-window is a scatter, on CPU many times slower than these slices.
     for axis in (1, 2):
@@ -84,17 +85,17 @@ def max_pool(x: jax.Array, window: int) -> jax.Array:
 
 
 class Dropout:
-    """The dropout layers of one pass, each call the next one; whose masks are all different."""
+    """The dropout layers of one pass. Each call is the next layer and draws a new mask."""
 
     def __init__(self, rate: float, keys: jax.Array | None, *, active: bool) -> None:
-        """Takes one key an example, Key[batch]; nothing is dropped unless `active`.
+        """Takes one key per example, Key[batch]. Drops nothing unless `active`.
 
         Raises:
             ValueError: if dropout is active without keys.
         """
         self._rate = rate if active else 0.0
         if self._rate and keys is None:
-            raise ValueError("train=True with dropout needs keys=, one an example; got keys=None")
+            raise ValueError("train=True with dropout needs keys=, one per example; got keys=None")
         self._keys = keys
         self._layers = itertools.count()
 
@@ -103,7 +104,7 @@ class Dropout:
             return x
         layer = next(self._layers)
 
-        # Each example's mask is drawn by itself: it is the same however the batch is split.
+        # One mask per example: it does not depend on how the batch is split.
         def mask_of(key: jax.Array) -> jax.Array:
             return jax.random.bernoulli(jax.random.fold_in(key, layer), 1 - self._rate, x.shape[1:])
 
@@ -111,7 +112,7 @@ class Dropout:
 
 
 def check_image_shape(image_shape: tuple[int, ...], smallest: int) -> None:
-    """Raises ValueError unless it is (height, width, channels), both sides >= `smallest`."""
+    """Raises ValueError unless it is (height, width, channels) with both sides >= `smallest`."""
     if len(image_shape) != 3 or min(image_shape[:2]) < smallest:
         raise ValueError(
             "image_shape must be (height, width, channels), at least "

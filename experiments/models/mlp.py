@@ -1,4 +1,4 @@
-"""A perceptron with two hidden layers and batch normalisation."""
+"""A perceptron with two hidden layers and batch normalization."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from experiments.models.layers import BatchNorm, head
 
 
 class MLP(nnx.Module):
-    """Flattens the images; `width` units, batch normalisation and ReLU in each hidden layer."""
+    """Two hidden layers on flat images: `width` units, batch normalization and ReLU each."""
 
     def __init__(
         self,

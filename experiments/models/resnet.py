@@ -25,7 +25,7 @@ convolution = functools.partial(any_convolution, fan="fan_out")
 
 
 class Projection(nnx.Module):
-    """The shortcut where the shape changes: a 1x1 convolution and its normalisation."""
+    """The shortcut where the shape changes: a 1x1 convolution and batch normalization."""
 
     def __init__(
         self, n_in: int, n_out: int, stride: int, *, dtype: DTypeLike, rngs: nnx.Rngs
@@ -38,7 +38,7 @@ class Projection(nnx.Module):
 
 
 class ResNetBlock(nnx.Module):
-    """Basic: 3x3 and 3x3 convolutions. Bottleneck: 1x1, 3x3, and 1x1 to 4 times the `channels`."""
+    """A basic block: 3x3 and 3x3; or a bottleneck: 1x1, 3x3, and 1x1 to 4 times the `channels`."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class ResNetBlock(nnx.Module):
 
 
 class ResNet(nnx.Module):
-    """A 7x7 convolution and a maximum, each of stride 2, and four groups of `blocks`."""
+    """A 7x7 convolution and a 3x3 maximum, both of stride 2, and four groups of `blocks`."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class ResNet(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        # The smallest side that each of five strides makes smaller.
+        # On a smaller side, one of the five strides would change nothing.
         check_image_shape(image_shape, smallest=17)
         self.convolution = convolution(image_shape[-1], 64, 7, stride=2, dtype=dtype, rngs=rngs)
         self.norm = BatchNorm(64, rngs=rngs)

@@ -1,7 +1,7 @@
-"""VGG with batch normalisation, for small images.
+"""VGG with batch normalization, for small images.
 
 Simonyan, Zisserman: Very Deep Convolutional Networks for Large-Scale Image Recognition,
-arXiv:1409.1556, configuration E; the narrow classifier is that of the usual port to CIFAR,
+arXiv:1409.1556, configuration E. The narrow classifier is that of the usual port to CIFAR,
 https://github.com/chengyangfu/pytorch-vgg-cifar10.
 """
 
@@ -28,8 +28,8 @@ CHANNELS = (64, 128, 256, 512, 512)
 class VGG(nnx.Module):
     """Five groups of 3x3 convolutions, a 2x2 maximum after each, and three linear layers.
 
-    Of an odd side the maxima keep the last row, so that 28x28 ends at one pixel as 32x32 does;
-    what is left of larger images is averaged. `dropout` precedes the first two linear layers.
+    Maxima keep the last row of an odd side: 28x28 ends at one pixel, as 32x32 does. Larger images
+    end at several pixels, which are averaged. `dropout` precedes the first two linear layers.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class VGG(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ) -> None:
-        # The smallest side that each of five maxima makes smaller.
+        # On a smaller side, one of the five maxima would change nothing.
         check_image_shape(image_shape, smallest=17)
         self.group_sizes = convolutions
         self.convolutions = nnx.List()

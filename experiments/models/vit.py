@@ -1,7 +1,7 @@
 """Vision transformers in the sizes tiny and small.
 
-Dosovitskiy et al.: An Image is Worth 16x16 Words, arXiv:2010.11929; sizes, class token and
-initialisation are those of Touvron et al. (DeiT), arXiv:2012.12877, without distillation and
+Dosovitskiy et al.: An Image is Worth 16x16 Words, arXiv:2010.11929. Sizes, class token and
+initialization are those of Touvron et al. (DeiT), arXiv:2012.12877, without distillation and
 stochastic depth.
 """
 
@@ -12,9 +12,9 @@ from jax.typing import DTypeLike
 
 from experiments.models.layers import Dropout, check_image_shape
 
-# DeiT truncates at 2, a hundred standard deviations.
+# DeiT truncates at 2, which is 100 standard deviations: nothing is cut.
 INIT = nnx.initializers.normal(0.02)
-# PyTorch's default for a convolution, which DeiT leaves in the patch embedding.
+# PyTorch's default for a convolution, which DeiT keeps for the patch embedding.
 PATCH_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
@@ -23,12 +23,12 @@ def linear(n_in: int, n_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Li
 
 
 def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """In float32; the linear layer that follows casts to its own dtype."""
+    """Makes a float32 layer normalization. The linear layer after it casts to its own dtype."""
     return nnx.LayerNorm(width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
 
 
 class TransformerBlock(nnx.Module):
-    """Self-attention and a perceptron of ratio 4, each after a layer normalisation."""
+    """Self-attention and a perceptron of ratio 4, each after a layer normalization."""
 
     def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
         self.heads = heads
@@ -40,7 +40,7 @@ class TransformerBlock(nnx.Module):
         self.narrow = linear(4 * width, width, dtype=dtype, rngs=rngs)
 
     def attention(self, x: jax.Array) -> jax.Array:
-        """[batch, tokens, width] to the same, every token looking at all."""
+        """Mixes tokens, each with all others: [batch, tokens, width] to the same shape."""
         batch, tokens, width = x.shape
         qkv = self.query_key_value(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
         mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
@@ -53,9 +53,9 @@ class TransformerBlock(nnx.Module):
 
 
 class ViT(nnx.Module):
-    """Patches of 16x16 pixels, of 4x4 where a side has less than 64; a class token is read out.
+    """A transformer on patches of 16x16 pixels, 4x4 if a side is below 64, and a class token.
 
-    `dropout` follows the position embedding, the projection of each attention and both layers of
+    `dropout` follows the position embedding, the projection of each attention, and both layers of
     each perceptron.
     """
 
@@ -80,7 +80,7 @@ class ViT(nnx.Module):
                 f"got {height}x{breadth}"
             )
         tokens = (height // self.patch) * (breadth // self.patch) + 1
-        # A convolution whose stride is its size: a linear map of each patch, which is faster.
+        # A linear map of each patch equals a convolution with stride = size, and is faster.
         self.embedding = nnx.Linear(
             self.patch**2 * channels, width, kernel_init=PATCH_INIT, dtype=dtype, rngs=rngs
         )
@@ -107,7 +107,7 @@ class ViT(nnx.Module):
 
 
 def patches(images: jax.Array, size: int) -> jax.Array:
-    """[batch, height, width, channels] to [batch, patches, size * size * channels], row by row."""
+    """Maps [batch, height, width, channels] to [batch, patches, size**2 * channels], row by row."""
     batch, height, width, channels = images.shape
     x = images.reshape(batch, height // size, size, width // size, size, channels)
     return x.swapaxes(2, 3).reshape(batch, -1, size * size * channels)

@@ -1,4 +1,4 @@
-"""Wide residual networks: normalisation and ReLU before each convolution.
+"""Wide residual networks: batch normalization and ReLU before each convolution.
 
 Zagoruyko, Komodakis: Wide Residual Networks, arXiv:1605.07146, without dropout.
 """
@@ -23,9 +23,10 @@ convolution = functools.partial(any_convolution, fan="fan_out")
 
 
 class WideBlock(nnx.Module):
-    """Two 3x3 convolutions; where the width changes, the shortcut is a 1x1 convolution.
+    """Two 3x3 convolutions. If the width changes, the shortcut is a 1x1 convolution.
 
-    That convolution takes the normalised input, as in the authors' code; other shortcuts the raw.
+    That convolution takes the normalized input, as in the authors' code. Other shortcuts take the
+    raw input.
     """
 
     def __init__(

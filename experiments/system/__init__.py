@@ -1,4 +1,4 @@
-"""The machine underneath: files, command lines, signals, processes, memory, progress bars.
+"""The machine: files, command lines, signals, processes, memory, progress bars.
 
-Nothing here knows what is trained. A module of this room imports no other room.
+Nothing here knows what is trained, or imports another room.
 """

@@ -1,4 +1,4 @@
-"""Command lines: options from dataclasses, and errors that take one line."""
+"""Command lines: options from dataclasses, and errors of one line."""
 
 import contextlib
 import dataclasses

@@ -34,13 +34,13 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def check_new(path: Path) -> None:
-    """Raises FileExistsError unless `path` is free: it does not exist, or is an empty folder."""
+    """Raises FileExistsError unless `path` does not exist or is an empty folder."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists already and is never overwritten")
 
 
 def new_folder(name: str, parent: Path = Path("runs")) -> Path:
-    """Returns a path in `parent` that does not exist yet: name, date and time."""
+    """Returns a path in `parent` that does not exist yet, from name, date and time."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     path, copy = parent / f"{name}-{stamp}", 1
     while path.exists():

@@ -1,4 +1,4 @@
-"""Ctrl-C and termination at a place where nothing is half done."""
+"""Ctrl-C and termination, handled only where no work is half done."""
 
 import contextlib
 import os
@@ -12,11 +12,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption:
-    """A context in which the first SIGINT or SIGTERM is only noted, for the loop to ask for.
+    """A context that only notes the first SIGINT or SIGTERM, for the loop to ask about.
 
-    An exception raised by the signal itself could land, and be lost, in a library's callback. A
-    second signal ends the program as usual. Of one within another both note it. Signals can be
-    handled in the main thread alone: elsewhere this does nothing.
+    An exception raised by the signal itself could be lost in a library's callback. A second signal
+    ends the program as usual. If contexts are nested, all of them note the signal. Python handles
+    signals only in the main thread: in another thread this does nothing.
 
     Attributes:
         signal: the signal that came, or None.
@@ -35,7 +35,7 @@ class Interruption:
         self._restore()
 
     def noted(self, step: int) -> bool:
-        """Whether a signal came; asked before each launch, with the step it begins at."""
+        """Returns whether a signal came. The loop asks before each launch, with its first step."""
         return self.signal is not None
 
     def _note(self, number: int, frame: object) -> None:
@@ -45,9 +45,9 @@ class Interruption:
         if isinstance(outer, Interruption):
             outer._note(number, frame)
             return
-        # Not print: it could be in the middle of another write, and who reads may be gone.
+        # Not print: the signal may come within another write, or after the reader has gone.
         with contextlib.suppress(OSError):
-            os.write(2, b"\ninterrupted: saving; once more to stop at once\n")
+            os.write(2, b"\ninterrupted: saving; send the signal again to stop at once\n")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
@@ -56,9 +56,10 @@ class Interruption:
 
 
 class SharedInterruption(Interruption):
-    """The same for several processes: a SIGTERM to one of them stops all after the same launch.
+    """An interruption of several processes: a SIGTERM to one stops all after the same launch.
 
-    JAX notes it and tells the others. Ctrl-C ends a process as usual, and so the run.
+    JAX notes the signal and tells the other processes. Ctrl-C ends a process as usual, which ends
+    the run.
     """
 
     def __init__(self) -> None:
@@ -69,9 +70,9 @@ class SharedInterruption(Interruption):
         return self
 
     def noted(self, step: int) -> bool:
-        """See :class:`Interruption`; every process must ask at the same steps."""
-        # JAX says yes at one step alone, the same in all processes, and orbax asks it as well, with
-        # the step that it saves: so ask for every step since the last launch.
+        """See :class:`Interruption`. Every process must ask at the same steps."""
+        # JAX says yes at only one step, the same in all processes. Orbax asks too, with the step
+        # that it saves. So this asks for every step since the last launch.
         first = step if self._next is None else self._next
         reached = map(multihost_utils.reached_preemption_sync_point, range(first, step + 1))
         if any(list(reached)):

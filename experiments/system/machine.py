@@ -48,7 +48,7 @@ def cores() -> int:
 
 
 def versions() -> dict[str, str]:
-    """Returns the versions that numbers depend on."""
+    """Returns the software versions that results depend on."""
     return {
         "bisam_jax": bisam_jax.__version__,
         "jax": jax.__version__,

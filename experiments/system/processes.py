@@ -1,7 +1,7 @@
-"""Several processes that make one run together, each with devices of its own.
+"""Several processes that compute one run, each with its own devices.
 
-Every process runs the same program. The first one alone writes the run folder; all of them write
-their part of a checkpoint, for which the folder must be on a file system that they share.
+Every process runs the same program. Only the first one writes the run folder. All of them write
+their parts of a checkpoint, so the folder must be on a shared file system.
 """
 
 import contextlib
@@ -32,19 +32,19 @@ def join(
     process_id: int | None,
     heartbeat_timeout: int,
 ) -> None:
-    """Joins the other processes; before anything else is asked of JAX.
+    """Joins the other processes. Must come before any other use of JAX.
 
     Args:
-        distributed: whether there are others.
-        coordinator_address: host and port of the first process; with the next two, None where JAX
-            finds them by itself, as on TPUs and under Slurm.
-        num_processes: how many there are.
-        process_id: which one this is.
-        heartbeat_timeout: seconds after which a process that is silent counts as gone; the others
-            are then ended.
+        distributed: whether there are other processes.
+        coordinator_address: host and port of the first process. This and the next two are None
+            where JAX finds them, as on TPUs and under Slurm.
+        num_processes: number of processes.
+        process_id: number of this process, from 0.
+        heartbeat_timeout: seconds of silence after which a process counts as gone, and the others
+            end.
 
     Raises:
-        ArgumentError: if some are missing, or the others cannot be reached.
+        ArgumentError: if only some of these are given, or the others cannot be reached.
     """
     given = [value is not None for value in (coordinator_address, num_processes, process_id)]
     if heartbeat_timeout < 1:
@@ -58,7 +58,7 @@ def join(
     if any(given) and not all(given):
         raise ArgumentError(
             "--coordinator-address, --num-processes and --process-id belong together: give all "
-            "three, or none where JAX finds them by itself"
+            "three, or none where JAX finds them (on TPUs and under Slurm)"
         )
     try:
         jax.distributed.initialize(
@@ -73,15 +73,15 @@ def join(
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once."""
+    """Returns whether this is the first process, which writes the files of the run."""
     return jax.process_index() == 0
 
 
 def from_first(make: Callable[[], str]) -> str:
-    """What `make` returns in the first process, in all of them.
+    """Returns, in every process, what `make` returns in the first one.
 
     Raises:
-        ArgumentError: in all of them, if it is raised there.
+        ArgumentError: in every process, if `make` raises it in the first one.
     """
     if jax.process_count() == 1:
         return make()
@@ -100,15 +100,15 @@ def from_first(make: Callable[[], str]) -> str:
 
 
 def agreed(make: Callable[[], T], text_of: Callable[[T], str], name: str) -> T:
-    """What `make` returns here, once all processes have returned the same.
+    """Returns what `make` returns in this process, if it is the same in all processes.
 
     Args:
-        make: returns this process's.
-        text_of: in which it must be the same.
-        name: what it is.
+        make: makes the value of this process.
+        text_of: maps the value to the text that must be the same.
+        name: what the value is, for the message.
 
     Raises:
-        ArgumentError: in all of them, if `make` raises a ValueError in one, or if they differ.
+        ArgumentError: in every process, if `make` raises a ValueError in one, or values differ.
     """
     if jax.process_count() == 1:
         return make()
@@ -126,26 +126,26 @@ def agreed(make: Callable[[], T], text_of: Callable[[T], str], name: str) -> T:
             raise ArgumentError(f"process {number}: {message.removeprefix('error: ')}")
     if odd := [number for number, message in enumerate(messages) if message != messages[0]]:
         raise ArgumentError(
-            f"all processes must have the same {name}: process {odd[0]} has another than process 0"
+            f"all processes must have the same {name}: process {odd[0]} differs from process 0"
         )
     return made[0]
 
 
 def abandon(error: Exception) -> NoReturn:
-    """Ends this process after what may be the loss of another, for which JAX would wait."""
+    """Ends this process at once. JAX would wait for another process, which may be gone."""
     traceback.print_exception(error)
     sys.stderr.flush()
     os._exit(1)
 
 
-# JAX ends a process whose peer is silent from a thread of its own, without an exception: another
-# process has to say what that means.
+# If a peer is silent, JAX ends this process from a background thread, without an exception. Only
+# another process can still explain that.
 _LAST_WORDS = "import sys; sys.stdin.read() == 'left' or sys.stderr.write(sys.argv[1])"
 
 
 @contextlib.contextmanager
 def last_words(message: str) -> Iterator[None]:
-    """Has `message` written to standard error if this process ends before the context does."""
+    """Writes `message` to standard error if the process ends inside this context."""
     with subprocess.Popen(
         [sys.executable, "-c", _LAST_WORDS, message],
         stdin=subprocess.PIPE,

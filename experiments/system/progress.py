@@ -1,4 +1,4 @@
-"""A progress bar, whose reader may go away: no reason to lose what is computed."""
+"""A progress bar. A reader that goes away does not end the program."""
 
 import contextlib
 import sys
@@ -8,20 +8,20 @@ import tqdm
 
 
 class Bar:
-    """On standard error; see :func:`shown`."""
+    """A bar on standard error. :func:`shown` makes one."""
 
     def __init__(self, bar: tqdm.tqdm) -> None:
         self._bar = bar
 
     def advance(self, count: int) -> None:
-        """So many more are done."""
+        """Adds `count` finished units."""
         with contextlib.suppress(OSError):
             self._bar.update(count)
 
 
 @contextlib.contextmanager
 def shown(total: int, unit: str, *, done: int = 0, silent: bool = False) -> Iterator[Bar]:
-    """A bar of `total` units, of which some are done."""
+    """Yields a bar of `total` units, of which `done` are finished."""
     bar = tqdm.tqdm(total=total, initial=done, unit=unit, file=sys.stderr, disable=silent)
     try:
         yield Bar(bar)
@@ -31,7 +31,7 @@ def shown(total: int, unit: str, *, done: int = 0, silent: bool = False) -> Iter
 
 
 def print_line(line: str) -> None:
-    """A line on standard output, above any bar."""
+    """Prints a line on standard output, above any bar."""
     with contextlib.suppress(OSError):
         tqdm.tqdm.write(line, file=sys.stdout)
         sys.stdout.flush()
