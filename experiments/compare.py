@@ -1,15 +1,15 @@
-"""Compares methods, and says whether a difference is more than the chance of the seeds.
+"""Compares methods, and says which differences are statistically significant.
 
     python -m experiments.compare --dataset digits --label-noise 0.4 \\
         --methods sgd sam bisam-log bisam-tanh --rho 0.05 0.1 0.2 0.5 --seeds 8 --output FOLDER
 
-trains every method with every value of its hyperparameters from every seed, many runs in one
-compiled program, and writes a report. Hyperparameters are chosen on the validation split only. The
-same command with the same --output resumes a comparison that was stopped.
+trains every method with every value of its hyperparameters and every seed, many runs in one
+compiled program, and writes a report. Hyperparameters are chosen only on the validation split. To
+resume a stopped comparison, run the same command with the same --output.
 
     python -m experiments.compare --from FOLDERS...
 
-makes one report of finished comparisons, and of runs of experiments.train.
+writes one report of finished comparisons and of runs of experiments.train.
 """
 
 import contextlib
@@ -39,13 +39,13 @@ class CompareOptions(Grid):
     """The command line: a grid to train, or results to report."""
 
     baseline: str | None = None
-    """The method to compare the others with (default: sgd if it is there, else the first)."""
+    """The method to compare the others with (default: sgd if it is trained, else the first)."""
     replicas_at_once: int | None = None
     """Largest number of runs at once (default: as many as is fast and fits in memory)."""
     output: Path | None = None
-    """The folder to write to (default: a new one in runs/). A comparison in it is resumed."""
+    """The folder to write to (default: a new one in runs/). Resumes a comparison in it."""
     from_: Annotated[tuple[Path, ...] | None, tyro.conf.arg(name="from")] = None
-    """Train nothing: report the results in these folders."""
+    """Train nothing. Report the results in these folders."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be compared, by the names of the command line."""
@@ -91,19 +91,20 @@ def main(args: Sequence[str] | None = None) -> None:
     except (ArgumentError, DatasetError, CheckpointError) as error:
         command_line.fail(str(error))
     except KeyboardInterrupt:
-        print(f"interrupted: the same command with --output {folder} resumes", file=sys.stderr)
+        message = f"interrupted: to resume, run the same command with --output {folder}"
+        print(message, file=sys.stderr)
         raise SystemExit(130) from None
     print(f"wrote {folder / 'report.md'} and {folder / 'report.html'}")
 
 
 def _make_cores_devices() -> None:
-    """Makes every core a device with replicas of its own.
+    """Makes every CPU core a device, which trains its own replicas.
 
-    XLA runs batched matrix products on one core only.
+    XLA runs a batched matrix product on only one core.
     """
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not given and getattr(jax.config, "jax_num_cpu_devices", -1) < 1:
-        with contextlib.suppress(RuntimeError):  # JAX runs already
+        with contextlib.suppress(RuntimeError):  # JAX has started already
             jax.config.update("jax_num_cpu_devices", machine.cores())
 
 

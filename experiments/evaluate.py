@@ -23,14 +23,14 @@ from experiments.system.command_line import ArgumentError
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
-    """The command line: which parameters are measured."""
+    """The command line: which checkpoint to measure, and where."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder."""
     step: int | None = None
-    """The step of the checkpoint (default: that of the best epoch)."""
+    """The step of the checkpoint (default: the best epoch's)."""
     data_dir: Path | None = None
-    """Where TFDS has prepared the data set, if it has moved since training."""
+    """The folder that TFDS prepared the data set in (default: as in training)."""
     devices: int | None = None
     """Number of devices (default: as in training)."""
     fsdp: int | None = None

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class ResultTablesOptions:
-    """The command line, which has no options."""
+    """The command line. It has no options."""
 
 
 def main(args: Sequence[str] | None = None) -> None:

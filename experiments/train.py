@@ -2,13 +2,13 @@
 
     python -m experiments.train
 
-trains a perceptron on scikit-learn's digits with BiSAM (-log): 7 s on two CPU cores, imports and
-compilation included, and 98.25 % test accuracy (standard deviation 0.51, 10 seeds: rho 0.05 in
-results/digits-noise-0).
+trains a perceptron on scikit-learn's digits with BiSAM (-log). It takes 7 s on two CPU cores,
+imports and compilation included, and reaches 98.25 % test accuracy (standard deviation 0.51, 10
+seeds; rho 0.05 in results/digits-noise-0).
 
     python -m experiments.train --preset bisam-cifar10 --precision bfloat16
 
-is the recipe of BiSAM's authors, for a GPU or TPU. A stopped run is resumed bit for bit by
+trains the recipe of BiSAM's authors, for a GPU or TPU. To resume a stopped run bit for bit:
 
     python -m experiments.train --resume runs/RUN
 """
@@ -31,7 +31,7 @@ from experiments.run.training import train
 from experiments.system import command_line, processes
 from experiments.system.command_line import ArgumentError
 
-# What may differ when a run is resumed.
+# Options that may differ when a run is resumed.
 _PLACES = ("data_dir", *(field.name for field in dataclasses.fields(Place)))
 
 
@@ -40,27 +40,27 @@ class TrainOptions(Config):
     """The command line: the options of a run, or a run to resume."""
 
     resume: Path | None = None
-    """Resume this run, as if it had never stopped. It has its own options."""
-    # None tells whether they were given, when a run is resumed.
+    """The folder of a run to resume, as if it had never stopped. The options are the run's own."""
+    # With None as default, a resumed run knows whether they are given.
     parallelism: Literal["jit", "shard_map", "pmap"] | None = None  # type: ignore[assignment]
     """How devices share a batch: one program for all, or one for each (default: jit)."""
     fsdp: int | None = None  # type: ignore[assignment]
     """Number of devices over which parameters and optimizer state are split (default: 1)."""
 
     distributed: bool = False
-    """Join other processes, each started with this same command; see docs/devices.md."""
+    """Join other processes, each started with this same command (see docs/devices.md)."""
     coordinator_address: str | None = None
     """Host and port of the first process (default: JAX finds it, as on TPUs and under Slurm)."""
     num_processes: int | None = None
-    """Number of processes (default: as above)."""
+    """Number of processes (default: JAX finds it)."""
     process_id: int | None = None
-    """Number of this process, from 0 (default: as above)."""
+    """Number of this process, from 0 (default: JAX finds it)."""
     heartbeat_timeout: int = 60
-    """Seconds of silence after which a process counts as gone, and the others end."""
+    """Seconds of silence after which a process counts as gone and the others end."""
 
     @property
     def config(self) -> Config:
-        """The options of the run: those that are given, or those of the run to resume."""
+        """The options of the run: the given ones, or those of the run to resume."""
         names = {field.name for field in dataclasses.fields(Config)}
         given = {
             field.name: getattr(self, field.name)
@@ -79,7 +79,7 @@ class TrainOptions(Config):
 
 
 def shared_options(config: Config) -> str:
-    """Returns what all processes of a run must have in common."""
+    """Returns the options that all processes of a run must have in common, as text."""
     own = ("data_dir", "workers", "output")
     return str({name: value for name, value in as_json(config).items() if name not in own})
 

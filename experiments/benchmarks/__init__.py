@@ -1,4 +1,4 @@
-"""Commands that time steps or count what they ask of devices; each is one file.
+"""Commands that time steps or count what they need of devices.
 
-Nobody imports them, and no training depends on them.
+No other room imports them, and no training depends on them.
 """

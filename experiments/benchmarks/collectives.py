@@ -1,6 +1,6 @@
-"""The collectives in the text of a compiled program, and the bytes that a device sends for them.
+"""The collectives in the text of a compiled program, and the bytes that each device sends.
 
-Over rings, with g devices and b bytes of result on each of them:
+The bytes on a ring of g devices, for a result of b bytes on each:
 
     all-reduce          2 (g - 1) / g * b
     all-gather          (g - 1) / g * b
@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 
 class Collective(NamedTuple):
-    """An instruction by which `group` devices exchange data; `size` bytes result on each."""
+    """An instruction that exchanges data between `group` devices. Each gets `size` bytes."""
 
     kind: str
     size: int
@@ -23,7 +23,7 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """The bytes that each device sends; see the docstring of the module."""
+        """The bytes that each device sends. See the docstring of the module."""
         share = (self.group - 1) / self.group
         factors = {"all-reduce": 2 * share, "reduce-scatter": self.group - 1}
         factors |= {"all-gather": share, "all-to-all": share, "collective-permute": 1}
@@ -36,7 +36,7 @@ _COLLECTIVE = re.compile(
 
 
 def collectives(hlo: str, devices: int) -> list[Collective]:
-    """Returns the collectives among several devices in the text of a program for `devices`."""
+    """Returns the collectives of several devices in the HLO text of a program for `devices`."""
     found = []
     for match in _COLLECTIVE.finditer(re.sub(r"/\*.*?\*/", "", hlo)):
         shape, kind, start, rest = match.groups()

@@ -1,4 +1,4 @@
-"""What the benchmarks measure on: networks, and images that need no data set."""
+"""The problems of the benchmarks: networks, and random images."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from experiments import data
 
 IMAGE_SHAPE = (28, 28, 1)
 CLASSES = 10
-# Each network's layers, in words, and its options.
+# The layers of each network in words, and its options.
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "mlp": ("784-512-512-10", {"width": 512}),
     "cnn": ("32-64-128", {}),

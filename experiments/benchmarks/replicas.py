@@ -1,8 +1,9 @@
-"""Times a step of a run by itself and among replicas: how many should be trained at once?
+"""Times a step of one run, and of many replicas, to find how many to train at once.
 
     JAX_NUM_CPU_DEVICES=2 python -m experiments.benchmarks.replicas --model mlp
 
-uses the digits for mlp, and random images of 32x32x3 otherwise. docs/comparing.md has the result.
+uses the digits for mlp, and random 32x32x3 images for other models. The result is in
+docs/comparing.md.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ STEPS_PER_EPOCH = 4
 
 @dataclasses.dataclass(frozen=True)
 class ReplicasOptions:
-    """The command line: what is timed."""
+    """The command line: what to time."""
 
     model: ModelName = "mlp"
     """A model of experiments.train."""
@@ -36,7 +37,7 @@ class ReplicasOptions:
     batch_size: int = 32
     """Examples per step."""
     at_once: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Numbers of replicas on each device, by jax.vmap."""
+    """Numbers of replicas to try on each device, by jax.vmap."""
 
     def __post_init__(self) -> None:
         """Refuses values out of range."""
@@ -46,7 +47,7 @@ class ReplicasOptions:
 
 
 def milliseconds(options: ReplicasOptions) -> dict[str, float]:
-    """Returns the time per step of a run, evaluation included, by the way that it is trained."""
+    """Returns milliseconds per step and run, evaluation included, for each way to train."""
     config = Config(model=options.model, method=options.method, batch_size=options.batch_size)
     recipe = resolve(config)
     digits = options.model == "mlp"
@@ -79,7 +80,7 @@ def main(args: Sequence[str] | None = None) -> None:
         times = milliseconds(options)
     except ArgumentError as error:
         command_line.fail(str(error))
-    print(f"{options.model}, {options.method}, batch {options.batch_size}: ms per step of a run")
+    print(f"{options.model}, {options.method}, batch {options.batch_size}: ms per step and run")
     for name, value in times.items():
         print(f"{name:32}{value:10.3f}{times['by itself'] / value:8.2f}x")
 

@@ -1,15 +1,15 @@
-"""Counts what one training step asks of each of 1 to 64 devices: FLOPs, communication, memory.
+"""Counts FLOPs, communication and memory of one training step on each of 1 to 64 devices.
 
     python -m experiments.benchmarks.scaling --network mlp --batch-size 64
 
 The step is compiled for simulated CPU devices and never run. Every device has the same number of
-examples (weak scaling), so a number that grows along a row of the table is a cost of the devices.
-docs/scaling.md has the result.
+examples (weak scaling), so a number that grows along a row of the table is the cost of more
+devices. The result is in docs/scaling.md.
 
-FLOPs and memory are XLA's figures of the program of one device. The bytes that a device sends are
-those of the program's collectives. A collective in the body of a loop counts once. XLA for GPUs and
-TPUs splits a program over devices in the same way, but then joins, splits and overlaps collectives
-by its own rules, and makes reduce-scatters of all-reduces whose result is not needed whole.
+FLOPs and memory are XLA's numbers for the program of one device. The sent bytes are those of its
+collectives. A collective in the body of a loop counts once. XLA for GPUs and TPUs splits a program
+over devices in the same way. It then joins, splits and overlaps collectives by its own rules, and
+turns an all-reduce into a reduce-scatter if no device needs the whole result.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ DEVICES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Problem(NamedTuple):
-    """Parameters, the examples of one device, and two losses of both. Shapes are enough."""
+    """Parameters, the examples of one device, and two losses. Arrays may be shapes."""
 
     params: Any
     batch: Any
@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """All devices lie along `axis`, or in two `halves`; examples lie over the axes in `batch`."""
+    """Devices along `axis`, or in two `halves`, and examples over the axes in `batch`."""
 
     axis: str = "data"
     batch: tuple[str, ...] = ("data",)
@@ -66,12 +66,12 @@ SHARDED_WITH_BATCH = Placement(axis="fsdp", batch=("data", "fsdp"))
 
 
 class Case(NamedTuple):
-    """A method to count: its step, its first state, and its placement.
+    """A method to count: its step, its first state and its placement.
 
     Attributes:
         step: maps `(params, state, batch)` to the next parameters and state.
         init: maps `(params, batch)` to the state before the first step.
-        placement: what lies where.
+        placement: the mesh, and the axes of the batch.
     """
 
     step: Callable
@@ -80,7 +80,7 @@ class Case(NamedTuple):
 
 
 def cases(problem: Problem, rho: float) -> dict[str, Case]:
-    """Returns the rows of the table, all with the same base optimizer."""
+    """Returns the cases by the names of their rows, all with the same base optimizer."""
     base = optax.sgd(0.1, momentum=0.9)
     examples = len(jax.tree.leaves(problem.batch)[0])
 
@@ -89,7 +89,7 @@ def cases(problem: Problem, rho: float) -> dict[str, Case]:
         return lambda params, batch: step(params, tx.init(params), batch)[1]
 
     def mapped(gradient_fn: Callable) -> Callable:
-        # Made anew for each mesh in context, since it keeps the first.
+        # Mapped at each call, since a mapped function keeps the first mesh in context.
         return lambda params, batch: jax.shard_map(
             gradient_fn, in_specs=(P(), P("data")), out_specs=P()
         )(params, batch)
@@ -132,7 +132,7 @@ def cases(problem: Problem, rho: float) -> dict[str, Case]:
 def count(
     problem: Problem, rho: float, devices: Sequence[int], names: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Returns a row per method and number of devices; of the methods in `names`, or of all."""
+    """Returns a row per method and number of devices, for the methods in `names` or for all."""
     return [
         {"method": name, "devices": n} | _measure(case, problem, n)
         for name, case in cases(problem, rho).items()
@@ -152,7 +152,7 @@ def _measure(case: Case, problem: Problem, devices: int) -> dict[str, float]:
     shardings = by_role(state, lambda _: split, lambda x: sharding_of(x, mesh))
     state = jax.tree.map(lambda x, sharding: x.update(sharding=sharding), state, shardings)
     step = jax.jit(case.step, donate_argnums=(0, 1), out_shardings=shardings)
-    # Counts and sizes are the same with less effort on machine code that is never run.
+    # Counts and sizes do not need optimized machine code.
     options: Any = {"xla_backend_optimization_level": 0}
     with jax.set_mesh(mesh):
         program: Any = step.lower(*state, batch).compile(options)
@@ -167,7 +167,7 @@ def _measure(case: Case, problem: Problem, devices: int) -> dict[str, float]:
 
 
 def problem_of(network: str, examples: int) -> Problem:
-    """Returns the training of a network on `examples` images per device."""
+    """Returns the problem of a network and `examples` images per device."""
     apply, params, stats = models.create(
         network, IMAGE_SHAPE, CLASSES, seed=0, **NETWORKS[network][1]
     )
@@ -186,7 +186,7 @@ QUANTITIES: dict[str, Callable[[dict[str, Any], dict[str, Any]], str]] = {
 
 
 def scaling_as_text(rows: list[dict[str, Any]]) -> str:
-    """Returns a table per quantity, with a line per method and a column per number of devices."""
+    """Returns a table per quantity: a line per method, and a column per number of devices."""
     devices = dict.fromkeys(row["devices"] for row in rows)
     parts = []
     for title, text in QUANTITIES.items():
@@ -200,7 +200,7 @@ def scaling_as_text(rows: list[dict[str, Any]]) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class ScalingOptions:
-    """The command line: what is counted."""
+    """The command line: what to count."""
 
     network: Literal["mlp", "cnn", "resnet20"] = "mlp"
     """A perceptron 784-512-512-10, a small convolutional network, or ResNet-20."""

@@ -1,9 +1,9 @@
 """How many replicas to train at once.
 
-Matrix products of many replicas become one batched product, so these are trained together.
-Convolutions of many replicas become grouped convolutions, which XLA on CPU runs many times slower
-than one after another: there, every device trains one run at a time. On other devices both ways
-are timed.
+Matrix products of many replicas become one batched product, so networks without convolutions are
+trained together. Convolutions of many replicas become grouped convolutions, which XLA on CPU runs
+many times slower than one after another: there, every device trains one run at a time. On other
+devices both ways are timed.
 """
 
 import statistics
@@ -17,13 +17,14 @@ from experiments.run.experiment import Experiment
 from experiments.system import machine
 from experiments.system.command_line import ArgumentError
 
-# Per device. More gain nothing on CPU, since they leave its caches (docs/comparing.md).
+# Replicas per device. More gain nothing on CPU, since they do not fit its caches
+# (docs/comparing.md).
 AT_ONCE_ON_CPU = 4
 SHARE_OF_MEMORY = 0.8
 
 
 def program(experiment: Experiment, runs: int, limit: int | None) -> Replicas:
-    """Returns the program that trains some of `runs` replicas at once.
+    """Returns the program that trains several of `runs` replicas at once.
 
     Args:
         experiment: one of the replicas.
@@ -35,17 +36,20 @@ def program(experiment: Experiment, runs: int, limit: int | None) -> Replicas:
     """
     if not models.ARCHITECTURES[experiment.recipe.model].convolutional:
         return _together(experiment, runs, limit)
-    alone = _fitting(experiment, min(runs, limit or runs, jax.local_device_count()), limit, False)
+    single = _fitting(experiment, min(runs, limit or runs, jax.local_device_count()), limit, False)
     if jax.default_backend() == "cpu" or runs == 1:
-        return alone
+        return single
     together = _together(experiment, runs, limit)
-    seconds = [seconds_per_epoch(way) / way.count for way in (alone, together)]
-    print(f"an epoch of a run takes {seconds[0]:.2f} s alone, {seconds[1]:.2f} s among others")
-    return min(zip(seconds, (alone, together), strict=True), key=lambda pair: pair[0])[1]
+    seconds = [seconds_per_epoch(way) / way.count for way in (single, together)]
+    print(
+        f"an epoch takes {seconds[0]:.2f} s per run with one run per device, {seconds[1]:.2f} s "
+        "with many at once"
+    )
+    return min(zip(seconds, (single, together), strict=True), key=lambda pair: pair[0])[1]
 
 
 def seconds_per_epoch(program: Replicas) -> float:
-    """Returns the time of an epoch of all replicas, evaluation included; a median."""
+    """Returns the median time of an epoch of all replicas, evaluation included."""
     population = program.first(program.example)
     seconds: list[float] = []
     while len(seconds) < 2 or (len(seconds) < 6 and sum(seconds[1:]) < 1):
@@ -59,7 +63,7 @@ def _together(experiment: Experiment, runs: int, limit: int | None) -> Replicas:
     most = min(runs, limit or runs)
     if limit is None and jax.default_backend() == "cpu":
         most = min(most, AT_ONCE_ON_CPU * jax.local_device_count())
-    # Parts as even as possible; the last one is filled up.
+    # Parts are as equal as possible. The last one is filled up.
     parts = -(-runs // most)
     return _fitting(experiment, -(-runs // parts), limit, True)
 
@@ -82,7 +86,7 @@ def _fitting(
     if made.bytes <= free:
         return made
     takes = f"about {made.bytes / 2**30:.2f} GiB on each of {len(devices)} devices"
-    there = f"{free / 2**30:.2f} GiB are there"
+    there = f"{free / 2**30:.2f} GiB are free"
     fit = int(rounded * free / made.bytes) // len(devices) * len(devices)
     if fit == 0 and len(devices) > 1:
         fewer = len(devices) // 2
@@ -90,7 +94,7 @@ def _fitting(
     if fit == 0:
         raise ArgumentError(
             f"--batch-size {experiment.recipe.batch_size} is too large: {rounded} runs at once "
-            f"take {takes}, {there}, and not one fits; --microbatch-size makes them smaller"
+            f"take {takes}, {there}, and not one fits; use a smaller --microbatch-size"
         )
     if limit is not None:
         raise ArgumentError(

@@ -1,4 +1,4 @@
-"""A comparison from start to end: a grid is trained, or results are read, and reported."""
+"""A comparison from start to end: trains a grid, or reads results, and reports them."""
 
 import contextlib
 import dataclasses
@@ -28,18 +28,18 @@ def compare(
     """Trains the runs of a grid that have no result in the folder, and writes the report.
 
     Args:
-        grid: what is compared.
-        folder: where results are written; a comparison of the same grid in it is resumed.
-        command: recorded with the results.
+        grid: the runs to compare.
+        folder: where results are written. A comparison of the same grid in it is resumed.
+        command: the command line to record with the results.
         baseline: label of the method that the others are compared with; by default sgd if it is
-            there, else the first.
+            trained, else the first.
         replicas_at_once: largest number of runs at once; None for as many as is fast and fits.
 
     Raises:
         ArgumentError: if the grid does not fit the data, the memory or what is in the folder.
         DatasetError: if the data set is not there.
         CheckpointError: if a checkpoint of runs under way cannot be read.
-        KeyboardInterrupt: after a signal; the same call then resumes.
+        KeyboardInterrupt: after a signal. The same call resumes.
     """
     asked, examples = grid.recipes(), examples_of(grid)  # before anything is written
     steps_per_epoch = examples.experiment(asked[0]).steps_per_epoch
@@ -80,7 +80,7 @@ def report_again(folders: Sequence[Path], folder: Path, baseline: str | None = N
 
 
 def _opened(folder: Path, about: dict[str, Any]) -> Comparison:
-    """Returns the comparison of this grid in the folder, which is empty in a new folder."""
+    """Returns the comparison of this grid in the folder. In a new folder it has no results."""
     path, grid = folder / "comparison.json", about["grid"]
     begun = [folder / "runs.csv", folder / "under-way", folder / "runs"]
     if not any(known.exists() for known in begun):
@@ -106,7 +106,7 @@ def _opened(folder: Path, about: dict[str, Any]) -> Comparison:
 
 
 def _note_continuation(origin: dict[str, Any], about: dict[str, Any]) -> None:
-    """Records in `origin` what computes from now on, if it has changed."""
+    """Records versions and hardware in `origin` if they have changed."""
     now = {name: about[name] for name in ("versions", "hardware")}
     before = [origin, *origin.get("continued", [])][-1]
     if now != {name: before.get(name) for name in now}:
@@ -115,7 +115,7 @@ def _note_continuation(origin: dict[str, Any], about: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Makes the folder, unless it holds a comparison, and locks it."""
+    """Makes the folder unless it has a comparison, and locks it."""
     try:
         if not (folder / "comparison.json").exists():
             files.check_new(folder)
@@ -131,7 +131,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _as_json(grid: Grid) -> dict[str, Any]:
-    """Returns what makes two comparisons the same, without where data lie and are computed."""
+    """Returns the options that make two comparisons the same, without paths and workers."""
     names = {field.name for field in dataclasses.fields(Grid)} - {"data_dir", "workers"}
-    # Through JSON, like what is read: tuples become lists.
+    # JSON makes tuples lists, as in the file.
     return json.loads(json.dumps({name: getattr(grid, name) for name in sorted(names)}))

@@ -1,4 +1,4 @@
-"""The tables in README.md and docs/comparing.md, made from the folder results/."""
+"""The tables in README.md and docs/comparing.md, made from results/."""
 
 import itertools
 import re
@@ -17,20 +17,20 @@ _MARKED = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.S)
 
 
 def there(root: Path) -> list[Comparison]:
-    """Returns the comparisons, one per task, in the order of their label noise."""
+    """Returns the comparisons in results/, one per task, by increasing label noise."""
     comparisons = results.merged(results.read_results(root / RESULTS))
     return sorted(comparisons, key=lambda comparison: comparison.task["label_noise"])
 
 
 def test_accuracies(comparisons: Sequence[Comparison]) -> str:
-    """Returns a table per data set and network, with a column per share of wrong labels."""
+    """Returns one table per data set and network, with a column per share of wrong labels."""
     in_order = sorted(comparisons, key=_name_of, reverse=True)
     parts = [_table(list(group)) for _, group in itertools.groupby(in_order, _name_of)]
     return "\n\n".join(parts) + "\n"
 
 
 def validation_accuracies(comparisons: Sequence[Comparison]) -> str:
-    """Returns a table per task with several radii."""
+    """Returns one table per task that has several radii."""
     tables = []
     for comparison in comparisons:
         rows = [row for row in rows_of(comparison) if "rho" in row.swept]
@@ -54,7 +54,7 @@ def validation_accuracies(comparisons: Sequence[Comparison]) -> str:
 
 
 def updated(root: Path) -> dict[Path, str]:
-    """Returns the files that hold tables, with their tables made anew."""
+    """Returns the new text of each file that has tables."""
     comparisons = there(root)
     return {
         root / name: _MARKED.sub(
@@ -68,7 +68,7 @@ def updated(root: Path) -> dict[Path, str]:
 
 
 def _by_radius(row: Row) -> dict[float, str]:
-    """Returns validation accuracies by radius, with the chosen values otherwise."""
+    """Returns validation accuracies by radius. Other hyperparameters have their chosen values."""
     if row.best is None:
         return {}
     rest = {name: value for name, value in row.best.values.items() if name != "rho"}
@@ -90,7 +90,7 @@ def _table(comparisons: Sequence[Comparison]) -> str:
     columns = [
         {(row.method, row.epochs): row for row in rows_of(comparison)} for comparison in comparisons
     ]
-    # Plain training first, by its epochs, then the other methods in their order.
+    # Plain training comes first.
     names = list(dict.fromkeys((r.method, r.epochs) for c in comparisons for r in c.results))
     names.sort(key=lambda name: name[0] != PLAIN)
     heads = [labels_in_words(comparison.task) for comparison in comparisons]

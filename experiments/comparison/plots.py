@@ -11,12 +11,12 @@ import numpy as np
 
 from experiments.comparison.significance import Candidate, Estimate, estimate
 
-# Colours of different lightness, each with its own marker and dash.
+# Colors differ in lightness, and each has its own marker and dash.
 _COLOURS = ("#000000", "#d55e00", "#0072b2", "#e69f00", "#56b4e9", "#009e73", "#cc79a7")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DASHES = ("-", "--", "-.", ":", (0, (5, 1)))
 _SIZE = (7.0, 3.6)
-# The same numbers give the same file.
+# A fixed salt: the same numbers give the same file.
 _SETTINGS: Any = {
     "svg.hashsalt": "bisam_jax",
     "font.size": 11,
@@ -31,9 +31,9 @@ def against(
     """Draws validation accuracy against a hyperparameter, as SVG.
 
     Args:
-        name: a hyperparameter of some of the methods; the other methods are a horizontal line.
+        name: a hyperparameter of some methods. The other methods are horizontal lines.
         methods: candidates of each method.
-        chosen: the reported candidate of each method, marked by a ring.
+        chosen: the reported candidate of each method; a ring marks it.
     """
     with matplotlib.rc_context(_SETTINGS):
         figure = matplotlib.figure.Figure(figsize=_SIZE, layout="constrained")
@@ -74,10 +74,7 @@ def curves(chosen: Mapping[str, Candidate | None]) -> str:
             best = chosen[label]
             if best is None:
                 continue
-            for axes, column, scale in (
-                (left, "loss", 1.0),
-                (right, "validation_accuracy", 100.0),
-            ):
+            for axes, column, scale in ((left, "loss", 1.0), (right, "validation_accuracy", 100.0)):
                 _course(axes, label, best, column, scale, style)
         left.set(xlabel="epoch", ylabel="training loss")
         right.set(xlabel="epoch", ylabel="validation accuracy (%)")
@@ -86,8 +83,8 @@ def curves(chosen: Mapping[str, Candidate | None]) -> str:
 
 
 def _styles(labels: Iterable[str]) -> dict[str, Any]:
-    """Returns the style of each label, the same in all plots of the same labels."""
-    # Their counts have no common factor, so that many labels have distinct styles.
+    """Returns the style of each label. It is the same in all plots of the same labels."""
+    # The three counts have no common factor, so many labels have distinct styles.
     styles = zip(*map(itertools.cycle, (_COLOURS, _MARKERS, _DASHES)), strict=True)
     return dict(zip(sorted(labels), styles, strict=False))
 

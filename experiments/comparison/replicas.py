@@ -1,7 +1,7 @@
 """Many runs in one compiled program: replicas that differ in seed and hyperparameters.
 
 A run is a pure function of its key, its labels and its hyperparameters, so `jax.vmap` over these
-trains many runs at once. Each run gets the numbers that it gets by itself.
+trains many runs at once. Each replica gets the same numbers as a separate run.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,11 +26,11 @@ _AXIS = "replicas"
 
 
 class Inputs(NamedTuple):
-    """The differences between replicas; every array has a first axis of replicas.
+    """The differences between replicas. The first axis of every array is the replica.
 
     Attributes:
         keys: Key[replicas].
-        values: float32[replicas] by name, of the hyperparameters that do not change the program.
+        values: float32[replicas] by name, for hyperparameters that do not change the program.
         train_labels: int32[replicas, examples].
         validation_labels: int32[replicas, examples].
     """
@@ -42,12 +42,12 @@ class Inputs(NamedTuple):
 
 
 class Population(NamedTuple):
-    """Replicas after an epoch; every array has a first axis of replicas.
+    """The replicas after an epoch. The first axis of every array is the replica.
 
     Attributes:
         state: the state of training.
         accuracy: float32[replicas], the best validation accuracy so far; -1 before the first epoch.
-        params: parameters of the best epoch, among equals the last.
+        params: parameters of the best epoch, the last one if several are equal.
         stats: batch statistics of the best epoch.
     """
 
@@ -58,10 +58,10 @@ class Population(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    """Metrics of an epoch, float64[replicas] each.
+    """The metrics of an epoch, float64[replicas] each.
 
     Attributes:
-        loss: mean training loss of its steps.
+        loss: mean training loss over the steps.
         validation_accuracy: accuracy after the epoch; NaN if a logit is not finite.
         validation_loss: loss after the epoch.
     """
@@ -100,7 +100,7 @@ def inputs_of(recipes: Sequence[Recipe], labels: Mapping[int, Labels]) -> Inputs
 
 
 def labels_of(dataset: Dataset) -> Labels:
-    """Returns the labels of a data set that is in memory."""
+    """Returns the labels of a data set in memory."""
     train, validation, _ = _splits(dataset)
     return Labels(train.labels, validation.labels)
 
@@ -110,20 +110,20 @@ def _splits(dataset: Dataset) -> tuple[Split, Split, Split]:
 
 
 class Replicas:
-    """The compiled program of a number of replicas.
+    """The compiled program of several replicas.
 
     Args:
-        experiment: one of them, on one device, with its splits in memory.
+        experiment: one of the replicas, on one device, with its splits in memory.
         count: number of replicas, a multiple of the number of devices.
         at_once: whether a device computes its replicas at once, by `jax.vmap`. Otherwise each
-            device has one replica, and its program is that of a single run.
-        devices: devices that share the replicas; the first one by default.
+            device has one replica and the program of a single run.
+        devices: devices that share the replicas; by default the first device.
 
     Attributes:
-        count: as above.
-        at_once: as above.
+        count: see Args.
+        at_once: see Args.
         example: inputs of `count` replicas, each equal to the experiment.
-        bytes: memory that they take on each device.
+        bytes: memory of the replicas on each device.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class Replicas:
     def epoch(
         self, population: Population, inputs: Inputs, number: int
     ) -> tuple[Population, Epoch]:
-        """Trains epoch `number`, counted from 0. Donates the population."""
+        """Trains epoch `number`, from 0; returns the next population. Donates `population`."""
         steps = self._experiment.steps_per_epoch
         state, losses = population.state, []
         order = self._order(state, np.int32(number))
@@ -214,7 +214,7 @@ class Replicas:
         return self._means(self._sums_of_test, params, stats, self._test)[0]
 
     def _jit(self, function: Callable, axes: Sequence[int | None], donated: Any = ()) -> Callable:
-        """Makes a function of one replica one of all, whose arguments have `axes` of replicas."""
+        """Jits a function of one replica for all. `axes` are the replica axes of its arguments."""
         mapped = jax.vmap(function, axes) if self.at_once else _of_the_only_one(function, axes)
         specs = tuple(P() if axis is None else P(_AXIS) for axis in axes)
         over_devices = jax.shard_map(
@@ -259,7 +259,7 @@ class Replicas:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns accuracies and losses on a split, float64[replicas]."""
         examples = len(split.images)
-        # As many at once as in training, which takes more memory for each.
+        # The size in training fits in memory: training takes more per example.
         size = self._experiment.recipe.microbatch_size
         totals = [
             sums(params, stats, split.images[part], split.labels[..., part], counted)
@@ -270,7 +270,7 @@ class Replicas:
 
 
 def _of_the_only_one(function: Callable, axes: Sequence[int | None]) -> Callable:
-    """Like `jax.vmap` of one replica, without its axis in the program."""
+    """Acts as `jax.vmap` over one replica, but leaves its axis out of the program."""
 
     def first(argument: Any, axis: int | None) -> Any:
         return argument if axis is None else jax.tree.map(lambda x: x[0], argument)
@@ -283,7 +283,7 @@ def _of_the_only_one(function: Callable, axes: Sequence[int | None]) -> Callable
 
 
 def _keep_best(population: Population, accuracy: jax.Array) -> Population:
-    # Among equals the later is better; NaN never is.
+    # The later of two equal epochs is better. NaN is never better.
     better = accuracy >= population.accuracy
     params, stats = jax.tree.map(
         lambda new, old: jnp.where(better, new, old),

@@ -1,9 +1,9 @@
-"""Which of two methods is better, and is the difference more than the chance of the seeds?
+"""Estimates and tests of differences between methods.
 
-The hyperparameters of a method are those of the best mean validation accuracy. Methods are compared
-by their test accuracies with these, paired by seed: with an exact permutation test, which assumes
-only that both signs of a difference are equally likely under the null hypothesis, and with
-Student's interval.
+A method's hyperparameters are those of the best mean validation accuracy. With these, the test
+accuracies of two methods are paired by seed and compared by an exact permutation test and Student's
+interval. The test only assumes that, under the null hypothesis, both signs of a difference are
+equally likely.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import scipy.stats
 from experiments.comparison.results import FINISHED, Result
 
 LEVEL = 0.95
-# Up to this number of seeds all signs are tried; beyond, as many at random.
+# Up to this number of seeds, the test tries all signs. Beyond it, it draws as many at random.
 EXACT_SEEDS = 16
 
 
@@ -38,11 +38,11 @@ class Estimate(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """A method with values of its hyperparameters.
+    """A method with one set of hyperparameter values.
 
     Attributes:
         values: hyperparameters by name.
-        results: one per seed, in the order of the seeds.
+        results: one per seed, by increasing seed.
         diverged: number of runs that diverged.
     """
 
@@ -52,12 +52,12 @@ class Candidate(NamedTuple):
 
     @property
     def validation(self) -> Estimate:
-        """The validation accuracy; meaningless if a run diverged."""
+        """The validation accuracy of the finished runs. It means nothing if a run diverged."""
         return estimate([r.validation_accuracy for r in self.results if r.status == FINISHED])
 
 
 class Difference(NamedTuple):
-    """The mean of paired differences, and the probability of one as large by chance."""
+    """The mean of paired differences, and its p-value."""
 
     estimate: Estimate
     p_value: float
@@ -90,19 +90,19 @@ def candidates(results: Sequence[Result]) -> list[Candidate]:
 
 
 def chosen(results: Sequence[Result]) -> Candidate | None:
-    """Returns the candidate of the best mean validation accuracy, among equals of smaller values.
+    """Returns the candidate of the best mean validation accuracy; of equals, the smaller values.
 
     A candidate with a diverged run, or with fewer seeds than another, is never chosen.
     """
     known = candidates(results)
     seeds = max(len(candidate.results) for candidate in known)
     able = [c for c in known if not c.diverged and len(c.results) == seeds]
-    # Sums of equal accuracies in another order differ in their last digit.
+    # Rounded, since sums of equal accuracies in another order differ in their last digit.
     return max(able, key=lambda candidate: round(candidate.validation.mean, 12), default=None)
 
 
 def difference(ours: Candidate, theirs: Candidate) -> Difference | None:
-    """Compares test accuracies on the seeds that both have; None for fewer than two seeds."""
+    """Compares test accuracies on common seeds; returns None for fewer than two of them."""
     others = {result.seed: result.test_accuracy for result in theirs.results}
     pairs = [(r.test_accuracy, others[r.seed]) for r in ours.results if r.seed in others]
     if len(pairs) < 2:
@@ -126,7 +126,9 @@ def p_value(differences: np.ndarray) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Corrects p-values by Holm's method: the chance of any false positive is at most the level.
+    """Returns p-values corrected by Holm's method.
+
+    The probability of any false positive is then at most the level.
 
     References:
         Holm, `A Simple Sequentially Rejective Multiple Test Procedure

@@ -21,9 +21,9 @@ class Row:
         candidates: one for each set of hyperparameter values.
         best: the reported candidate; None if all diverged.
         test: test accuracy of the reported candidate.
-        same_epochs: difference to the baseline with the same number of epochs.
-        same_gradients: difference to plain training with the same number of gradients.
-        p_values: corrected p-values of the two; None where there is no comparison.
+        same_epochs: difference from the baseline with the same number of epochs.
+        same_gradients: difference from plain training with the same number of gradients.
+        p_values: corrected p-values of these two differences; None without a comparison.
     """
 
     method: str
@@ -56,17 +56,17 @@ class Row:
 
 
 def baseline_of(comparison: Comparison) -> str:
-    """Returns plain training if it is there, otherwise the first method."""
+    """Returns plain training if it was trained, otherwise the first method."""
     methods = [result.method for result in comparison.results]
     return PLAIN if PLAIN in methods else methods[0]
 
 
 def rows_of(comparison: Comparison, baseline: str | None = None) -> list[Row]:
-    """Returns the table, the best method first.
+    """Returns the rows of the table, the best method first.
 
     Args:
         comparison: the results of one task.
-        baseline: label of the method that the others are compared with; see :func:`baseline_of`
+        baseline: label of the method that the others are compared with. See :func:`baseline_of`
             for the default.
 
     Raises:
@@ -96,7 +96,7 @@ def rows_of(comparison: Comparison, baseline: str | None = None) -> list[Row]:
 
 
 def row_name(row: Row, rows: Sequence[Row]) -> str:
-    """Returns the method, with its epochs if there are several rows of it."""
+    """Returns the method, with its epochs if several rows have this method."""
     several = len({other.epochs for other in rows if other.method == row.method}) > 1
     return f"{row.method}, {row.epochs} epochs" if several else row.method
 
@@ -108,7 +108,7 @@ def _difference(row: Row, other: Row | None) -> Difference | None:
 
 
 def _correct(rows: list[Row]) -> None:
-    """Corrects the p-values: all comparisons of a table are one family."""
+    """Corrects the p-values. All comparisons of a table are one family."""
     made = [
         (row, number, difference.p_value)
         for row in rows

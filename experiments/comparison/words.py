@@ -19,7 +19,7 @@ def labels_in_words(task: dict[str, Any]) -> str:
 
 
 def setting_in_words(task: dict[str, Any]) -> str:
-    """Says everything about a task but its labels, and leaves out the data set's defaults."""
+    """Says everything about a task except its labels and the data set's defaults."""
     asked = Config(dataset=task["dataset"], batch_size=task["batch_size"])
     usual = task_of(asked, resolve(asked))
     parts = [task["dataset"], task["model"], f"batch {task['batch_size']}"]
@@ -33,7 +33,7 @@ def setting_in_words(task: dict[str, Any]) -> str:
 
 
 def computed_with(about: dict[str, Any]) -> str:
-    """Says which versions and hardware computed results."""
+    """Says which versions and hardware computed the results."""
     versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())
     hardware = ", ".join(f"{name}: {value}" for name, value in about["hardware"].items())
     return f"{versions}. {hardware}."

@@ -1,4 +1,4 @@
-"""What a user asks for, and what follows from it: options, the methods, the resolved recipe.
+"""The request of a user: options, the methods, the resolved recipe.
 
 Nothing here reads a clock, a disk or a device, or computes a step.
 """

@@ -1,4 +1,4 @@
-"""What a user can ask for: the options of a run."""
+"""The options of a run."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     ModelName = MethodName = str
 
     class Hyperparameters:
-        """The fields of the table, which type checkers do not read."""
+        """The fields of `HYPERPARAMETERS`, which type checkers do not read."""
 
         def __getattr__(self, name: str) -> Any: ...
 
@@ -42,12 +42,12 @@ else:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What is learned, by which network and in how many steps."""
+    """The data, the network, and the steps of training."""
 
     dataset: str = "digits"
     """digits, or an image classification data set of TFDS: cifar10, cifar100, fashion_mnist, ..."""
     data_dir: Path | None = None
-    """Where TFDS has prepared it (default: TFDS's own folder)."""
+    """The folder that TFDS prepared the data set in (default: TFDS's own)."""
     train_examples: int | None = None
     """Number of training examples (default: all but the validation part)."""
     image_size: int | None = None
@@ -59,11 +59,11 @@ class Task:
     base: Literal["sgd", "adamw"] = "sgd"
     """The base optimizer, with a cosine schedule to zero."""
     label_smoothing: float = 0.1
-    """Share of each label that is spread over the other classes, in the training loss."""
+    """Share of each label that the training loss spreads over the other classes."""
 
     crop_padding: int | None = None
-    """Random shifts of at most this many pixels (default: 4 for CIFAR and SVHN, 2 for MNIST
-    and Fashion-MNIST, else 0). Not for streamed images."""
+    """Largest random shift in pixels (default: 4 for CIFAR and SVHN, 2 for MNIST and Fashion-MNIST,
+    else 0). Not for streamed images."""
     flip: bool | None = None
     """Mirror half of the images (default: yes, unless they show digits)."""
     cutout: float | None = None
@@ -84,7 +84,7 @@ class Task:
     label_noise: float = 0.0
     """Share of the training and validation labels replaced by another class."""
     workers: int | None = None
-    """Processes that decode streamed images (default: one per CPU, at most 16)."""
+    """Number of processes that decode streamed images (default: one per CPU, at most 16)."""
 
     def source(self, seed: int) -> Source:
         """Returns the request for the data set, with the seed of the label noise."""
@@ -107,7 +107,7 @@ class Place:
     """
 
     devices: int | None = None
-    """Number of devices, of each process, that share a batch (default: all)."""
+    """Number of devices per process that share a batch (default: all)."""
     parallelism: Literal["jit", "shard_map", "pmap"] = "jit"
     """How they share it: one program for all devices (jit), or one for each."""
     fsdp: int = 1
@@ -121,13 +121,13 @@ class Config(Place, Hyperparameters, Task):
     method: MethodName = "bisam-log"
     """The sharpness-aware method; sgd is plain training, with either base optimizer."""
     perturbation: Literal["ce", "log", "tanh"] | None = None
-    """The ascended loss: cross-entropy, or BiSAM's (default: ce; bisam-*: as its name says)."""
+    """The ascended loss: cross-entropy, or BiSAM's (default: ce; bisam-*: as the name says)."""
     seed: int = 0
     """Random seed. The data split does not depend on it."""
     batch_statistics: Literal["synchronised", "per-device"] = "synchronised"
     """Batch normalization over the whole batch, or over each device's part (not with jit)."""
     checkpoint_every: int | None = None
-    """Steps between checkpoints (default: an epoch; digits: ten). The best epoch is always kept."""
+    """Steps between checkpoints (default: 1 epoch; digits: 10). The best epoch is always kept."""
     keep_checkpoints: int = 2
     """Number of latest checkpoints to keep."""
     output: Path | None = None

@@ -1,4 +1,4 @@
-"""The numbers that a user can set: their ranges, their help, and what they change."""
+"""The numbers that a user can set: their ranges and their help."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ class Range(NamedTuple):
     below: bool = False
 
     def __contains__(self, value: object) -> bool:
-        """Whether a number is in the range, and finite in float32."""
+        """Returns whether a number is in the range and finite in float32."""
         if not (isinstance(value, int | float) and abs(value) < FLOAT32_MAX):
             return False
         if value in (self.minimum, self.maximum):
@@ -37,10 +37,10 @@ class Hyperparameter:
 
     Attributes:
         help: one phrase for `--help`.
-        range: allowed values.
-        is_structural: whether it changes the compiled program; then it cannot be traced.
+        range: the allowed values.
+        is_structural: whether it changes the compiled program. It then cannot be traced.
         is_count: whether it is an integer.
-        is_share_of_examples: whether the step descends on this share of the examples only.
+        is_share_of_examples: whether the step descends on only this share of the examples.
     """
 
     help: str
@@ -65,7 +65,7 @@ HYPERPARAMETERS = {
     "tilt": Hyperparameter("how far the mean leans towards the worst start", Range()),
     "num_samples": _count("number of noisy starts"),
     "noise_radius": Hyperparameter("largest norm of the noise", _FROM_ZERO),
-    "noise_scale": Hyperparameter("standard deviation of the noise before the cut", _FROM_ZERO),
+    "noise_scale": Hyperparameter("standard deviation of the noise before shortening", _FROM_ZERO),
     "sparsity": _structural("share of the weights that are not perturbed", _SHARE),
     "update_every": _count("steps between changes of the mask"),
     "drop_rate": _structural("share of the mask that moves", _SHARE),
@@ -74,7 +74,7 @@ HYPERPARAMETERS = {
         "share of the examples to descend on", _POSITIVE_SHARE, is_share_of_examples=True
     ),
     "interpolation": Hyperparameter("weight of the look-ahead gradient", _SHARE),
-    "sigma": Hyperparameter("how much of the running mean is taken away", _FROM_ZERO),
+    "sigma": Hyperparameter("multiple of the running mean to subtract", _FROM_ZERO),
     "decay": Hyperparameter("decay of the running mean", _SHARE),
     "look_alpha": Hyperparameter("weight of the part that is reused", _FROM_ZERO),
     "look_every": _count("steps from one perturbed gradient to the next"),

@@ -1,7 +1,7 @@
-"""The only list of methods: one spec each, from which everything in scripts follows.
+"""The only list of methods, with one spec each.
 
-To add a method, add a spec to `METHODS`, and its new hyperparameters to `HYPERPARAMETERS`. The
-choices of `--method`, the options of every script, their defaults, ranges and help come from there.
+To add a method, add a spec to `METHODS` and its new hyperparameters to `HYPERPARAMETERS`. The
+choices of `--method` and the options, defaults, ranges and help of every script come from these.
 """
 
 import collections
@@ -20,17 +20,17 @@ Number = float | Callable[[Mapping[str, Any]], float]
 
 @dataclasses.dataclass(frozen=True)
 class MethodSpec:
-    """What scripts know of a method.
+    """A method, as the scripts know it.
 
     Attributes:
-        factory: makes the transformation. If it has the arguments `key`, `optimizer`,
-            `batch_like`, `bilevel` or `gradient_axis`, it gets them too.
+        factory: makes the transformation. It also gets `key`, `optimizer`, `batch_like`,
+            `bilevel` and `gradient_axis`, if it has these arguments.
         options: names of the hyperparameters, each with the name of the factory's argument.
         gradients: number of batch gradients per step on average, or a function of the
             hyperparameters. A gradient of a part of the batch counts as one.
-        gradients_with_q: the same if BiSAM's loss is ascended; None if it is equal.
+        gradients_with_q: the number if BiSAM's loss is ascended; None if it is the same.
         ascends: the ascended loss, if the method's name fixes it.
-        is_case_of: the method that this is, with the loss that `ascends` names.
+        is_case_of: the method that equals this one if it ascends `ascends`.
         is_plain: whether nothing is perturbed or ascended.
         contains_optimizer: whether the base optimizer is part of the method.
         parallel_gradients: whether two gradients can lie on two halves of the devices.
@@ -119,7 +119,7 @@ BASE_OPTIMIZERS: dict[str, dict[str, float]] = {
 
 
 def label_of(method: str, perturbation: str) -> str:
-    """Returns the only name of a method and what it ascends: "sam+log" is bisam-log."""
+    """Returns the unique name of a method and its ascended loss: "sam+log" is bisam-log."""
     if perturbation == "ce" or METHODS[method].ascends is not None:
         return method
     for name, spec in METHODS.items():
@@ -129,7 +129,7 @@ def label_of(method: str, perturbation: str) -> str:
 
 
 def help_of(hyperparameter: str) -> str:
-    """Returns the help of a hyperparameter: what it is, for which methods, and its defaults."""
+    """Returns the help of a hyperparameter: its methods, its meaning and its defaults."""
     defaults_of_methods = {name: spec.defaults for name, spec in METHODS.items()}
     for table in (defaults_of_methods, PERTURBATIONS, BASE_OPTIMIZERS):
         known = {

@@ -1,4 +1,4 @@
-"""From what a user asks for to what is computed: every default filled in, every size checked."""
+"""The resolved options of a run: every default filled in, every size checked."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,17 +13,17 @@ from experiments.system.command_line import ArgumentError
 
 T = TypeVar("T")
 
-# Options that concern perturbed steps only, with the values that ask for nothing.
+# Options of perturbed steps, with the values that change nothing.
 PERTURBATION_OPTIONS: dict[str, Any] = {"group_size": None, "start_step": 0, "every": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything beside the data that a run's numbers depend on. No field is optional.
+    """Everything except the data that the results of a run depend on. No field is optional.
 
     Attributes:
-        hyperparameters: values of those that the method, the ascended loss and the base optimizer
-            take, in the order of `HYPERPARAMETERS`.
+        hyperparameters: values by name, for the method, the ascended loss and the base optimizer,
+            in the order of `HYPERPARAMETERS`.
         group_size: number of examples that share a perturbation; the batch size for all.
         microbatch_size: number of examples computed at a time; the batch size for all.
 
@@ -58,18 +58,18 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        """The method and what it ascends; see :func:`experiments.config.methods.label_of`."""
+        """The method and its ascended loss. See :func:`experiments.config.methods.label_of`."""
         return methods.label_of(self.method, self.perturbation)
 
     @property
     def key(self) -> tuple:
-        """Tells runs of one task apart: label, epochs, hyperparameters, seed."""
+        """The identity of a run within its task: label, epochs, hyperparameters, seed."""
         values = {name: float(value) for name, value in self.hyperparameters.items()}
         return (self.label, self.epochs, tuple(sorted(values.items())), self.seed)
 
     @property
     def in_groups(self) -> bool:
-        """Whether parts of a batch have perturbations of their own."""
+        """Whether parts of a batch have separate perturbations."""
         return self.group_size < self.batch_size
 
     def gradients_per_step(self, steps: int) -> float:
@@ -79,8 +79,8 @@ class Recipe:
         return gradients if perturbed == steps else 1 + (gradients - 1) * perturbed / steps
 
     def examples_left(self, examples: int) -> dict[str, int]:
-        """Returns how many of `examples` a step descends on, by the hyperparameter that says so."""
-        # A product of 6.999999 is meant as 7.
+        """Returns how many of `examples` a step descends on, by the name of the hyperparameter."""
+        # 6.999999 stands for 7.
         return {
             name: int(examples * value + 1e-6)
             for name, value in self.hyperparameters.items()
@@ -125,7 +125,7 @@ def resolve(config: Config) -> Recipe:
 
 
 def _hyperparameters(config: Config, perturbation: str) -> dict[str, float]:
-    """Returns those that have a meaning: given values, or defaults."""
+    """Returns the hyperparameters that have a meaning: given values, or defaults."""
     defaults = METHODS[config.method].defaults
     defaults |= PERTURBATIONS[perturbation] | BASE_OPTIMIZERS[config.base]
     return {
@@ -140,7 +140,7 @@ def _given(value: T | None, default: T) -> T:
 
 
 def filled_in(config: Config, recipe: Recipe) -> Config:
-    """Returns the options with every value of their recipe; None for what the method lacks."""
+    """Returns the options with the values of the recipe; None for other hyperparameters."""
     values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)}
     known = dict.fromkeys(HYPERPARAMETERS) | dict(values.pop("hyperparameters"))
     return dataclasses.replace(config, **values, **known)
