@@ -3,20 +3,17 @@
     python -m experiments.benchmarks.steps
 
 The methods take turns, step by step, so that a change in the speed of the machine affects all of
-them. Two of them are `optax.contrib.sam` with `opaque_mode=True`, and with `opaque_mode=False`,
-whose step is two calls, one per gradient. A second table has every method of the training script.
-If the work of a step varies (sparse-fisher makes a mask now and then), FLOPs are those of the most
-expensive step. XLA counts the body of a loop once: of the three samples of tilted, run in a loop,
-two are counted.
+them. The first table compares with `optax.contrib.sam`: with `opaque_mode=True`, and with
+`opaque_mode=False`, where a step is two calls, one per gradient. The second table has every method
+of the training script. If steps differ in work (sparse-fisher renews its mask only at some steps),
+FLOPs are those of the most expensive step. XLA counts the body of a loop once, so it counts only
+two of the three samples of tilted.
 """
 
 import dataclasses
-import json
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -32,12 +29,11 @@ from experiments.config.hyperparameters import Range
 from experiments.step import train_step
 from experiments.step.method import BuiltMethod, build_method
 from experiments.system import command_line, machine
-from experiments.system.command_line import ArgumentError
 
 
 @dataclasses.dataclass(frozen=True)
 class StepsOptions:
-    """The command line: what is timed."""
+    """The command line: what to time."""
 
     steps: int = 100
     """Number of timed steps of each method."""
@@ -49,18 +45,14 @@ class StepsOptions:
     """A perceptron 784-512-512-10, a small convolutional network, ResNet-20, or the first two."""
     family: bool = True
     """Also time every method of the training script."""
-    output: Path = Path("benchmark.json")
-    """File to write the numbers to."""
 
     def __post_init__(self) -> None:
         """Refuses values out of range."""
         check_ranges(self, {"steps": Range(2), "batch_size": Range(2), "rho": Range(0)})
-        if self.output.is_dir() or not self.output.parent.is_dir():
-            raise ArgumentError(f"--output must be a file in an existing folder, got {self.output}")
 
 
 class Subject(NamedTuple):
-    """A method to time: `update` maps parameters and state to the next; a step is `calls` calls."""
+    """A method to time. A step is `calls` calls of `update`, which returns parameters and state."""
 
     name: str
     update: Callable
@@ -69,7 +61,7 @@ class Subject(NamedTuple):
 
 
 def subjects(loss_fn: Callable, q: Callable, rho: float) -> list[Subject]:
-    """Returns the compared methods, all with the same base optimizer."""
+    """Returns the methods beside optax's, all with the same base optimizer."""
     base = optax.sgd(0.1, momentum=0.9)
     adversary = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
     opaque = optax.contrib.sam(base, adversary, opaque_mode=True)
@@ -114,7 +106,7 @@ def subjects(loss_fn: Callable, q: Callable, rho: float) -> list[Subject]:
 
 
 def family(apply: Callable, params: Any, stats: Any, rho: float) -> list[Subject]:
-    """Returns every method of the training script, with cross-entropy and BiSAM's -log ascended."""
+    """Returns every method of the training script, ascending cross-entropy and BiSAM's -log."""
     optimizer = optax.sgd(0.1, momentum=0.9)
     loss = optax.losses.softmax_cross_entropy_with_integer_labels
 
@@ -140,7 +132,7 @@ def family(apply: Callable, params: Any, stats: Any, rho: float) -> list[Subject
 
         return Subject(f"{name}, {perturbation}", update, init)
 
-    # The other names say what is ascended.
+    # The other methods are cases of these.
     names = [name for name, spec in methods.METHODS.items() if spec.ascends is None]
     return [subject(methods.PLAIN, "ce")] + [
         subject(name, perturbation)
@@ -151,7 +143,7 @@ def family(apply: Callable, params: Any, stats: Any, rho: float) -> list[Subject
 
 
 def time_steps(network: str, options: StepsOptions) -> dict[str, list[dict[str, Any]]]:
-    """Returns two tables, beside optax and of the family, with a row per method."""
+    """Returns the tables "beside optax" and "family", with a row per method."""
     apply, params, stats = models.create(
         network, IMAGE_SHAPE, CLASSES, seed=0, **NETWORKS[network][1]
     )
@@ -187,7 +179,7 @@ def _measure(
 def _interleaved(
     compiled: list[list], batch: data.Split, calls: list[int], steps: int
 ) -> list[list[float]]:
-    """Returns the seconds of each step of each program, after a warm-up of a tenth as many."""
+    """Returns the seconds of each step of each program, after a warm-up of `steps // 10`."""
     seconds: list[list[float]] = [[] for _ in compiled]
     warm_up = max(3, steps // 10)
     for step in range(warm_up + steps):
@@ -236,23 +228,12 @@ def steps_as_text(rows: list[dict[str, Any]]) -> str:
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
     options = command_line.parse(StepsOptions, __doc__ or "", args)
-    results = {}
+    known = {**machine.versions(), **machine.hardware()}
+    print(", ".join(f"{name} {value}" for name, value in known.items()))
     for network in ["mlp", "cnn"] if options.network == "both" else [options.network]:
-        results[network] = time_steps(network, options)
-        for title, rows in results[network].items():
+        for title, rows in time_steps(network, options).items():
             heading = f"{network} {NETWORKS[network][0]}, batch {options.batch_size}, {title}"
             print(f"\n{heading}\n{steps_as_text(rows)}", flush=True)
-    report = {
-        "device": jax.devices()[0].device_kind,
-        "cpus": os.cpu_count(),
-        "versions": machine.versions(),
-        "steps": options.steps,
-        "batch_size": options.batch_size,
-        "rho": options.rho,
-        "results": results,
-    }
-    options.output.write_text(json.dumps(report, indent=2) + "\n")
-    print(f"\nwritten to {options.output}")
 
 
 if __name__ == "__main__":

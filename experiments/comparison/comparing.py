@@ -38,7 +38,7 @@ def compare(
     Raises:
         ArgumentError: if the grid does not fit the data, the memory or what is in the folder.
         DatasetError: if the data set is not there.
-        CheckpointError: if a checkpoint of runs under way cannot be read.
+        CheckpointError: if a checkpoint of unfinished runs cannot be read.
         KeyboardInterrupt: after a signal. The same call resumes.
     """
     asked, examples = grid.recipes(), examples_of(grid)  # before anything is written

@@ -6,13 +6,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from experiments.config.config import (
-    Config,
-    SeveralHyperparameters,
-    Task,
-    check_ranges,
-    option_of,
-)
+from experiments.config.config import Config, SeveralHyperparameters, Task, check_ranges, option_of
 from experiments.config.hyperparameters import HYPERPARAMETERS, STRUCTURAL, Range
 from experiments.config.methods import METHODS, label_of
 from experiments.config.recipe import PERTURBATION_OPTIONS, Recipe, resolve
@@ -25,17 +19,17 @@ TASK = tuple(field.name for field in dataclasses.fields(Task) if field.name not 
 
 @dataclasses.dataclass(frozen=True)
 class Grid(SeveralHyperparameters, Task):
-    """Every method, with every value of its hyperparameters, from every seed."""
+    """Every method, with every value of its hyperparameters and every seed."""
 
     methods: tuple[str, ...] = ("sgd", "sam", "bisam-log", "bisam-tanh")
     """Methods of experiments.train. METHOD+log and METHOD+tanh ascend BiSAM's losses."""
     seeds: int = 8
-    """Number of runs each. A seed fixes initialization, order of the examples, augmentation and
-    label noise for all methods."""
+    """Number of runs per method and values. A seed fixes initialization, order of the examples,
+    augmentation and label noise for all methods."""
     first_seed: int = 0
-    """The first seed; the others follow it. Other seeds confirm what was chosen with these."""
+    """The first seed. The others follow it. Confirm the chosen values with other seeds."""
     equal_gradients: bool = True
-    """Also train sgd for as many epochs as take the gradients that each other method takes."""
+    """Also train sgd longer, with as many gradients as each other method takes."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be compared, by the names of the command line."""
@@ -50,32 +44,30 @@ class Grid(SeveralHyperparameters, Task):
             if not values:
                 raise ArgumentError(f"{option_of(name)} must have at least one value")
             _check_once(option_of(name), values)
-            if not any(
-                name in self._recipe(method, 0, {}).hyperparameters for method in self.methods
-            ):
+            if not any(name in self._recipe(m, 0, {}).hyperparameters for m in self.methods):
                 raise ArgumentError(
                     f"{option_of(name)} has no meaning for any of --methods "
                     f"{' '.join(self.methods)}"
                 )
-        self.recipes()  # which refuses impossible values
+        self.recipes()  # refuses impossible values
 
     @property
     def labels(self) -> list[str]:
         """The methods by their labels."""
-        return [label_of(method, perturbation or "ce") for method, perturbation in self._parsed]
+        return [label_of(method, asked or "ce") for method, asked in map(parsed, self.methods)]
 
     @property
     def task(self) -> dict[str, Any]:
         """What all runs have in common, as JSON values."""
-        # As a method has it that can follow all options.
-        return task_of(self, resolve(self._config("sam", None, 0, {})))
+        # Resolved with a method that can follow all options.
+        return task_of(self, self._recipe("sam", 0, {}))
 
     def recipes(self) -> list[Recipe]:
-        """Returns all runs of the grid; those that can share a program are neighbours."""
+        """Returns all runs of the grid. Runs that can share a program are neighbors."""
         return [recipe for name in self.methods for recipe in self._recipes_of(name)]
 
     def longer_plain(self, recipes: Sequence[Recipe], steps_per_epoch: int) -> list[Recipe]:
-        """Returns plain training for as many epochs as take the gradients of each of `recipes`."""
+        """Returns longer plain runs, with as many gradients as each of `recipes`."""
         plain = [recipe for recipe in recipes if recipe.method_spec.is_plain]
         if not (plain and self.equal_gradients):
             return []
@@ -87,7 +79,7 @@ class Grid(SeveralHyperparameters, Task):
     def _recipes_of(self, name: str) -> list[Recipe]:
         known = self._recipe(name, 0, {}).hyperparameters
         swept = {name: getattr(self, name) for name in known if getattr(self, name) is not None}
-        # What changes the program varies slowest.
+        # Values that change the program vary slowest.
         names = sorted(swept, key=lambda name: name not in STRUCTURAL)
         seeds = range(self.first_seed, self.first_seed + self.seeds)
         grid = itertools.product(*(swept[name] for name in names), seeds)
@@ -96,29 +88,24 @@ class Grid(SeveralHyperparameters, Task):
             for *values, seed in grid
         ]
 
-    @property
-    def _parsed(self) -> list[tuple[str, str | None]]:
-        return [parsed(name) for name in self.methods]
-
     def _recipe(self, name: str, seed: int, values: dict[str, Any]) -> Recipe:
-        return resolve(self._config(*parsed(name), seed, values))
-
-    def _config(self, method: str, perturbation: Any, seed: int, values: dict[str, Any]) -> Config:
+        method, perturbation = parsed(name)
         task = {field.name: getattr(self, field.name) for field in dataclasses.fields(Task)}
         if METHODS[method].is_plain:
             task |= PERTURBATION_OPTIONS
-        return Config(**task, **values, method=method, perturbation=perturbation, seed=seed)
+        named: Any = {"method": method, "perturbation": perturbation}
+        return resolve(Config(**task, **values, **named, seed=seed))
 
 
 def task_of(asked: Task, recipe: Recipe) -> dict[str, Any]:
-    """Returns what a run shares with those that it can be compared with, as JSON values."""
+    """Returns, as JSON values, what a run shares with all runs it can be compared with."""
     return {name: getattr(recipe, name, getattr(asked, name)) for name in TASK}
 
 
 def parsed(name: str) -> tuple[str, str | None]:
     """Returns the method and the ascended loss of "METHOD" or "METHOD+PERTURBATION".
 
-    The loss is None where the method has its own.
+    The loss is None if the name gives none.
 
     Raises:
         ArgumentError: if there is no such method.

@@ -1,4 +1,4 @@
-"""Trains the runs of a grid, many at once, and keeps what is finished."""
+"""Trains the runs of a grid, many at once, and keeps the finished results."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -18,7 +18,7 @@ from experiments import data
 from experiments.comparison import capacity, results
 from experiments.comparison.grid import Grid
 from experiments.comparison.replicas import Labels, Replicas, labels_of
-from experiments.comparison.results import DIVERGED, FINISHED, Comparison, Result
+from experiments.comparison.results import FINISHED, Comparison, Result
 from experiments.config.config import Config, Place
 from experiments.config.hyperparameters import STRUCTURAL
 from experiments.config.recipe import Recipe, filled_in
@@ -35,11 +35,11 @@ SECONDS_BETWEEN_SAVES = 60
 
 
 class Examples(NamedTuple):
-    """What the runs of a grid are trained on.
+    """The examples that the runs of a grid are trained on.
 
     Attributes:
         dataset: the data set, with the labels of the first seed.
-        labels: the labels of each seed; none if the data set is streamed.
+        labels: labels by seed; empty if the data set is streamed.
     """
 
     dataset: data.Dataset
@@ -75,10 +75,10 @@ class GridRun:
 
     Args:
         grid: the options that all runs share.
-        recipes: the runs; those that can share a program are neighbours.
-        examples: what they are trained on.
+        recipes: the runs. Runs that can share a program are neighbors.
+        examples: what the runs are trained on.
         comparison: the results so far, to which new ones are added.
-        folder: where results are written, and checkpoints of the runs under way.
+        folder: where results, and checkpoints of unfinished runs, are written.
         replicas_at_once: largest number of runs at once; None for as many as is fast and fits.
         interruption: asked after every epoch.
 
@@ -101,7 +101,7 @@ class GridRun:
         self._limit, self._interruption = replicas_at_once, interruption
         done = {result.key for result in comparison.results}
         self.missing = {recipe.key for recipe in recipes} - done
-        # Whole groups: part of a group that was stopped is found again if its parts are the same.
+        # Whole groups, so that their parts, and the checkpoints of these, are the same as before.
         groups = [list(group) for _, group in itertools.groupby(recipes, _program_of)]
         self._groups = [group for group in groups if self._missing_in(group)]
 
@@ -110,7 +110,7 @@ class GridRun:
 
         Raises:
             ArgumentError: if the replicas do not fit in memory.
-            CheckpointError: if a checkpoint of runs under way cannot be read.
+            CheckpointError: if a checkpoint of unfinished runs cannot be read.
             KeyboardInterrupt: after a signal, once everything is saved.
         """
         total = sum(run.epochs for group in self._groups for run in self._missing_in(group))
@@ -147,7 +147,7 @@ class GridRun:
     def _train_part(
         self, experiment: Experiment, program: Replicas, part: list[Recipe], bar: progress.Bar
     ) -> list[Result]:
-        """Trains at most as many runs as the program is for, from their last checkpoint."""
+        """Trains at most `program.count` runs, from their last checkpoint."""
         inputs = program.inputs(part, self._examples.labels)
         population = program.first(inputs)
         history: list[list[list[float]]] = []  # per epoch: loss, accuracy, validation loss
@@ -173,7 +173,7 @@ class GridRun:
                 checkpoints.close()
                 raise KeyboardInterrupt
         checkpoints.close()
-        # The first epoch compiles what is small.
+        # The first epoch includes the compilation of small programs.
         epoch_seconds = statistics.median(seconds[1:] or seconds) / program.count
         milliseconds = 1000 * epoch_seconds / experiment.steps_per_epoch
         steps = experiment.total_steps
@@ -202,41 +202,25 @@ def _name_of(part: list[Recipe], count: int) -> str:
 
 
 def _result(
-    recipe: Recipe,
-    steps: int,
-    curve: np.ndarray,
-    test_accuracy: float,
-    milliseconds_per_step: float,
-    runs_at_once: int,
+    recipe: Recipe, steps: int, history: np.ndarray, test_accuracy: float, *cost: Any
 ) -> Result:
-    """Returns the result of a run with the history `curve`, float64[epochs, 3]."""
-    accuracies = curve[:, 1]
-    finished = bool(np.isfinite(curve).all())
-    # Among equals the last.
-    best = len(accuracies) - 1 - int(np.argmax(accuracies[::-1])) if finished else -1
+    """Returns the result of a run with a history, float64[epochs, 3]."""
+    best = None
+    if np.isfinite(history).all():
+        accuracies = history[:, 1]
+        # The last one if several are equal.
+        epoch = len(accuracies) - int(np.argmax(accuracies[::-1]))
+        best = (float(accuracies[epoch - 1]), epoch, float(test_accuracy))
     names = ("loss", "validation_accuracy", "validation_loss")
-    return Result(
-        method=recipe.label,
-        epochs=recipe.epochs,
-        seed=recipe.seed,
-        values={name: float(value) for name, value in recipe.hyperparameters.items()},
-        gradients=recipe.gradients_per_step(steps),
-        steps=steps,
-        status=FINISHED if finished else DIVERGED,
-        validation_accuracy=float(accuracies[best]) if finished else None,
-        checkpoint_epoch=best + 1 if finished else None,
-        test_accuracy=float(test_accuracy) if finished else None,
-        milliseconds_per_step=milliseconds_per_step,
-        runs_at_once=runs_at_once,
-        curve=[
-            dict(zip(names, row, strict=True), epoch=number + 1)
-            for number, row in enumerate(curve.tolist())
-        ],
-    )
+    curve = [
+        dict(zip(names, row, strict=True), epoch=number)
+        for number, row in enumerate(history.tolist(), 1)
+    ]
+    return results.result_of(recipe, steps, curve, best, *cost)
 
 
 def _trained_alone(grid: Grid, recipe: Recipe, folder: Path) -> Result:
-    """Trains a run on streamed data, with a run folder of its own."""
+    """Trains one run on streamed data, in its own run folder."""
     output = folder / f"{recipe.label}-{_name_of([recipe], 1)}-seed{recipe.seed}"
     resumes = (output / "config.json").exists()
     config = read_config(output) if resumes else _config_of(grid, recipe, output)

@@ -1,4 +1,4 @@
-"""The report of a comparison, as Markdown and as one HTML page that holds its plots."""
+"""The report of a comparison, as Markdown and as one HTML page with its plots inside."""
 
 import base64
 import html
@@ -27,7 +27,7 @@ class Section(NamedTuple):
 
 
 def sections_of(comparisons: Sequence[Comparison], baseline: str | None) -> list[Section]:
-    """Returns one section per comparison; see :func:`rows_of` for the baseline."""
+    """Returns one section per comparison. See :func:`rows_of` for the baseline."""
     return [
         Section(comparison, baseline or baseline_of(comparison), rows_of(comparison, baseline))
         for comparison in comparisons
@@ -76,7 +76,7 @@ def _section(section: Section, number: int, images: dict[str, str], folder: Path
     file = f"{number}-curves.svg"
     if all(result.curve for best in chosen.values() if best for result in best.results):
         images[file] = plots.curves(chosen)
-    elif (folder / file).exists():  # of results whose curves.csv was not kept
+    elif (folder / file).exists():  # curves.csv was not kept
         images[file] = (folder / file).read_text()
     if file in images:
         parts.append(f"![Learning curves]({file})")
@@ -157,7 +157,7 @@ def _table(rows: list[Row]) -> str:
 
 
 def _values(values: dict[str, float], row: Row, *, all_of_them: bool = False) -> str:
-    """Those that were swept, and rho always."""
+    """Returns the swept values, and rho always."""
     shown = [
         f"{name} {value:g}"
         for name, value in values.items()
@@ -229,43 +229,35 @@ def _title(comparisons: Sequence[Comparison]) -> str:
     return f"Comparison on {', '.join(names)}"
 
 
+_DIFFERENCES = ("same_epochs", "same_gradients")
+_SUMMARY = ["task", "method", "epochs", "chosen", "seeds", "validation_accuracy", "test_accuracy"]
+_SUMMARY += ["standard_error", "low", "high"]
+_PARTS = ("difference", "low", "high", "p_value", "seeds")
+_SUMMARY += [f"{name}_{part}" for name in _DIFFERENCES for part in _PARTS]
+
+
 def _write_summary(path: Path, sections: Sequence[Section]) -> None:
     lines = []
     for comparison, _, rows in sections:
         for row in rows:
-            best, test = row.best, row.test
-            line = {
-                "task": task_in_words(comparison.task),
-                "method": row.method,
-                "epochs": row.epochs,
-                "chosen": _values(best.values, row) if best else "",
-                "seeds": test.count if test else 0,
-                "validation_accuracy": best.validation.mean if best else None,
-                "test_accuracy": test.mean if test else None,
-                "standard_error": test.standard_error if test else None,
-                "low": test.low if test else None,
-                "high": test.high if test else None,
-            }
-            for name, difference, p in zip(
-                ("same_epochs", "same_gradients"),
-                (row.same_epochs, row.same_gradients),
-                row.p_values,
-                strict=True,
-            ):
-                value = difference.estimate if difference else None
-                line |= {
-                    f"{name}_difference": value.mean if value else None,
-                    f"{name}_low": value.low if value else None,
-                    f"{name}_high": value.high if value else None,
-                    f"{name}_p_value": p,
-                    f"{name}_seeds": value.count if value else None,
-                }
+            line = {"task": task_in_words(comparison.task), "method": row.method, "seeds": 0}
+            line["epochs"] = row.epochs
+            if row.best and row.test:
+                line |= {"chosen": _values(row.best.values, row), "seeds": row.test.count}
+                line["validation_accuracy"] = row.best.validation.mean
+                names = ("test_accuracy", "standard_error", "low", "high")
+                line |= dict(zip(names, row.test, strict=False))
+            for name, p in zip(_DIFFERENCES, row.p_values, strict=True):
+                if difference := getattr(row, name):
+                    mean, _, low, high, count = difference.estimate
+                    parts = zip(_PARTS, (mean, low, high, p, count), strict=True)
+                    line |= {f"{name}_{part}": value for part, value in parts}
             lines.append(line)
-    files.write_csv(path, list(lines[0]), lines)
+    files.write_csv(path, _SUMMARY, lines)
 
 
 def _page(text: str, images: Mapping[str, str]) -> str:
-    """Returns Markdown as an HTML page that holds its images, SVG by file name."""
+    """Returns Markdown as an HTML page with its images inside. `images` are SVG by file name."""
     body = MarkdownIt("commonmark").enable("table").render(text)
     for name, image in images.items():
         data = base64.b64encode(image.encode()).decode()

@@ -1,10 +1,10 @@
-"""The results of a comparison, as files that other programs read too.
+"""The results of a comparison, as files that other programs can read.
 
 comparison.json  the grid, and how it was computed: command, versions, hardware
 runs.csv         one line per run: method, hyperparameters, seed, accuracies, cost
 curves.csv       one line per epoch of a run
 
-Results of several tasks each have a subfolder.
+Several tasks have a subfolder each.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from typing import Any
 from experiments.comparison.grid import TASK, task_of
 from experiments.config.config import Task
 from experiments.config.hyperparameters import HYPERPARAMETERS
-from experiments.config.recipe import resolve
+from experiments.config.recipe import Recipe, resolve
 from experiments.run.folder import RunFolder, read_config
 from experiments.system import files
 from experiments.system.command_line import ArgumentError
@@ -41,10 +41,10 @@ class Result:
         gradients: number of batch gradients per step, on average.
         steps: number of steps.
         status: "finished", or "diverged" if a loss was not finite; then it has no accuracies.
-        validation_accuracy: that of the best epoch.
-        checkpoint_epoch: the best epoch, among equals the last.
-        test_accuracy: that of the best epoch.
-        milliseconds_per_step: the run's share of the time of the runs computed at once.
+        validation_accuracy: validation accuracy of the best epoch.
+        checkpoint_epoch: number of the best epoch, the last one if several are equal.
+        test_accuracy: test accuracy of the best epoch.
+        milliseconds_per_step: the run's share of the time of all runs computed at once.
         runs_at_once: number of runs computed at once.
         curve: one row per epoch.
     """
@@ -67,6 +67,43 @@ class Result:
     def key(self) -> tuple:
         """Equal to :attr:`experiments.config.recipe.Recipe.key` of the run."""
         return (self.method, self.epochs, tuple(sorted(self.values.items())), self.seed)
+
+
+def result_of(
+    recipe: Recipe,
+    steps: int,
+    curve: list[dict[str, float]],
+    best: tuple[float, int, float] | None,
+    milliseconds_per_step: float,
+    runs_at_once: int,
+) -> Result:
+    """Returns the result of a run.
+
+    Args:
+        recipe: what was trained.
+        steps: number of steps.
+        curve: one row per epoch.
+        best: validation accuracy, number and test accuracy of the best epoch; None if the run
+            diverged.
+        milliseconds_per_step: see :class:`Result`.
+        runs_at_once: see :class:`Result`.
+    """
+    accuracy, epoch, test_accuracy = best or (None, None, None)
+    return Result(
+        recipe.label,
+        recipe.epochs,
+        recipe.seed,
+        {name: float(value) for name, value in recipe.hyperparameters.items()},
+        recipe.gradients_per_step(steps),
+        steps,
+        FINISHED if best else DIVERGED,
+        accuracy,
+        epoch,
+        test_accuracy,
+        milliseconds_per_step,
+        runs_at_once,
+        curve,
+    )
 
 
 _COLUMNS = tuple(
@@ -96,15 +133,13 @@ def write_results(folder: Path, comparison: Comparison) -> None:
         columns = {name: getattr(result, name) for name in _COLUMNS}
         lines.append({"run": number, **columns, **result.values})
         points += [{"run": number, **row} for row in result.curve]
-    # The runs last: curves without a run are ignored.
+    # In this order, since curves without a run are ignored.
     files.write_csv(folder / "curves.csv", ("run", *_CURVE), points)
     files.write_csv(folder / "runs.csv", ("run", *_COLUMNS, *HYPERPARAMETERS), lines)
 
 
 def write_merged(folder: Path, comparisons: Sequence[Comparison]) -> None:
-    """Writes comparisons so that they can be read again: one into the folder itself, several into
-    subfolders.
-    """
+    """Writes one comparison into the folder itself, or several into subfolders."""
     for number, comparison in enumerate(comparisons, 1):
         part = folder if len(comparisons) == 1 else folder / str(number)
         part.mkdir(exist_ok=True)
@@ -120,10 +155,10 @@ def write_about(folder: Path, about: dict[str, Any]) -> None:
 def read_results(folder: Path) -> list[Comparison]:
     """Returns the results in a folder of `experiments.compare` or `experiments.train`.
 
-    If it holds such folders, returns the results of all.
+    If it contains such folders, the results are those of all of them.
 
     Raises:
-        ArgumentError: if there are none, or a run is not finished.
+        ArgumentError: if there are no results, or a run is not finished.
     """
     found = list(_folders(folder)) if folder.is_dir() else []
     return list(map(_read, found or [folder]))
@@ -235,20 +270,10 @@ def _read_run(folder: Path) -> Comparison:
     rows = files.read_csv(folder / "metrics.csv")
     speeds = [float(row["examples_per_second"]) for row in rows]
     seconds = sum(1 / speed for speed in speeds) / max(len(speeds), 1) * recipe.batch_size
-    result = Result(
-        method=recipe.label,
-        epochs=recipe.epochs,
-        seed=recipe.seed,
-        values={name: float(value) for name, value in recipe.hyperparameters.items()},
-        gradients=recipe.gradients_per_step(summary["steps_per_epoch"] * recipe.epochs),
-        steps=summary["steps"],
-        status=FINISHED if finished else DIVERGED,
-        validation_accuracy=summary["validation_accuracy"] if finished else None,
-        checkpoint_epoch=summary["checkpoint_epoch"] if finished else None,
-        test_accuracy=summary["test_accuracy"] if finished else None,
-        milliseconds_per_step=1000 * seconds,
-        runs_at_once=1,
-        curve=[_point(row) for row in rows],
+    best = tuple(summary[n] for n in ("validation_accuracy", "checkpoint_epoch", "test_accuracy"))
+    curve = [_point(row) for row in rows]
+    result = result_of(
+        recipe, summary["steps"], curve, best if finished else None, 1000 * seconds, 1
     )
     about = {
         "command": f"a run of experiments.train: {folder.name}",

@@ -88,15 +88,8 @@ class Task:
 
     def source(self, seed: int) -> Source:
         """Returns the request for the data set, with the seed of the label noise."""
-        return Source(
-            self.dataset,
-            train_examples=self.train_examples,
-            label_noise=self.label_noise,
-            seed=seed,
-            image_size=self.image_size,
-            data_dir=self.data_dir,
-            workers=self.workers,
-        )
+        which = (self.dataset, self.train_examples, self.label_noise, seed, self.image_size)
+        return Source(*which, data_dir=self.data_dir, workers=self.workers)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,13 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from experiments.models.layers import (
-    BatchNorm,
-    check_image_shape,
-    convolution,
-    global_mean,
-    head,
-)
+from experiments.models.layers import BatchNorm, check_image_shape, convolution, global_mean, head
 
 
 class DenseLayer(nnx.Module):

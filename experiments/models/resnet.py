@@ -12,13 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from experiments.models.layers import (
-    BatchNorm,
-    check_image_shape,
-    global_mean,
-    head,
-    max_pool,
-)
+from experiments.models.layers import BatchNorm, check_image_shape, global_mean, head, max_pool
 from experiments.models.layers import convolution as any_convolution
 
 convolution = functools.partial(any_convolution, fan="fan_out")

@@ -10,12 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from experiments.models.layers import (
-    BatchNorm,
-    check_image_shape,
-    global_mean,
-    head,
-)
+from experiments.models.layers import BatchNorm, check_image_shape, global_mean, head
 from experiments.models.layers import convolution as any_convolution
 
 # The authors' code draws kernels of variance 2 / fan_out.

@@ -1,4 +1,4 @@
-"""One training: what it computes with, its loop, its checkpoints and its folder.
+"""One training run: its experiment, its loop, its checkpoints and its folder.
 
-Other runs, and what is made of several of them, are not known here.
+Nothing here knows other runs, or what is made of several runs.
 """

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: everything that it takes to resume bit for bit."""
+"""Checkpoints of a run: everything needed to resume it bit for bit."""
 
 import gc
 import sys
@@ -11,32 +11,33 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-# Orbax warns of what is intended here, such as reading only.
+# Orbax warns about intended uses, such as only reading.
 absl.logging.set_verbosity(absl.logging.ERROR)
 
 ACCURACY = "validation_accuracy"
-# Below every accuracy, so that it is the best only if there is nothing else.
+# Below every accuracy: such a checkpoint is the best only if there is no other.
 UNKNOWN = -1.0
 
 
 class CheckpointError(Exception):
-    """A checkpoint that cannot be read, or that belongs to another run."""
+    """A checkpoint that cannot be read or belongs to another run."""
 
 
 class Checkpoints:
     """The latest checkpoints of a run and the best one.
 
-    They are written in the background, and appear under their step once they are complete.
+    They are written in the background. A checkpoint appears under its step when it is complete.
 
     Args:
-        folder: made if it does not exist. What an interrupted write left in it is removed.
-        keep: number of latest checkpoints to keep, beside the best; None to read only and to
-            leave the folder as it is.
+        folder: folder of the checkpoints, made if it does not exist. Remains of an interrupted
+            write are removed.
+        keep: number of latest checkpoints to keep, in addition to the best; None to only read and
+            change nothing in the folder.
     """
 
     def __init__(self, folder: Path, keep: int | None) -> None:
         self.folder = folder
-        # Among equals the later is the best, since it is trained longer.
+        # Orbax takes the later of two equals, which is trained longer.
         best = checkpoint_managers.BestN(get_metric_fn=_accuracy, n=1)
         policy = checkpoint_managers.AnyPreservationPolicy(
             [checkpoint_managers.LatestN(keep), best]
@@ -55,13 +56,13 @@ class Checkpoints:
     def save(
         self, step: int, state: Any, progress: dict[str, Any], accuracy: float = UNKNOWN
     ) -> None:
-        """Starts to write a checkpoint, unless there is one of `step` already.
+        """Starts to write a checkpoint, unless `step` already has one.
 
         Args:
             step: number of steps so far.
             state: a tree of arrays, copied before this returns.
-            progress: what the run knows beside its state, as JSON values.
-            accuracy: validation accuracy at the end of an epoch; `UNKNOWN` within one.
+            progress: what the run knows in addition to its state, as JSON values.
+            accuracy: validation accuracy at the end of an epoch; `UNKNOWN` within an epoch.
         """
         if step in self.steps():
             return
@@ -80,7 +81,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """Returns the step of the highest accuracy, among equals the last; None without steps."""
+        """Returns the last step of the highest accuracy, or None without checkpoints."""
         self.wait()
         return self._manager.best_step()
 
@@ -101,7 +102,7 @@ class Checkpoints:
         )
         large = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         try:
-            # One after the other: orbax complains at length if one of several reads fails.
+            # Two reads: orbax prints a long report if one of several items fails.
             known = self._manager.restore(step, args=small)
             state = self._manager.restore(step, args=large)["state"]
             # The arrays' files have no checksum.
@@ -111,7 +112,7 @@ class Checkpoints:
         # A damaged file can make the readers raise anything.
         except Exception as error:
             if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
-                raise  # It may be another process that was lost.
+                raise  # Another process may be gone.
             reason = _first_line(error)
         _forget_failed_reads()
         raise CheckpointError(
@@ -124,7 +125,7 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and ends the background work."""
+        """Waits until everything is on disk, and ends the background work."""
         self._manager.close()
 
 
@@ -149,7 +150,7 @@ def _sums_of_bits(leaves: list[jax.Array]) -> list[jax.Array]:
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             leaf = jax.lax.bitcast_convert_type(leaf, f"uint{jnp.finfo(leaf.dtype).bits}")
         bits = leaf.astype(jnp.uint32).ravel()
-        # Odd weights, so that every bit counts, and so does a swap of values.
+        # Odd weights keep every bit. Different weights detect swapped values.
         weights = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
         return (bits * weights).sum(dtype=jnp.uint32)
 
@@ -157,7 +158,7 @@ def _sums_of_bits(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _forget_failed_reads() -> None:
-    """Collects orbax's other failed reads, each of which would print its error later."""
+    """Collects orbax's other failed reads, which would print their errors later."""
     hook, sys.unraisablehook = sys.unraisablehook, lambda unraisable: None
     gc.collect()
     sys.unraisablehook = hook

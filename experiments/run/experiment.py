@@ -1,4 +1,4 @@
-"""From a recipe and a data set to everything that a run computes with."""
+"""Everything that a run computes with, built from a recipe and a data set."""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,27 +18,27 @@ from experiments.step.train_step import StepOnStored, TrainState
 from experiments.system.command_line import ArgumentError
 
 CUTOUT_LENGTH = 16
-# Enough that the device never waits for the host, and few enough that a signal waits shortly.
+# With more, a signal waits longer. With fewer, the device may wait for the host.
 STEPS_AT_ONCE = 20
 EVALUATION_BATCH_SIZE = 500
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Experiment:
-    """Data, and the pure functions of model and method; :func:`experiment_of` makes one.
+    """The data, and the pure functions of model and method. :func:`experiment_of` makes one.
 
     Attributes:
-        recipe: what is trained.
-        layout: how it lies over the devices.
+        recipe: the resolved options.
+        layout: the layout over the devices.
         dataset: the data set, on the host.
-        train: the training part, on its way to the devices.
-        validation: the validation part.
-        test: the test part.
-        steps_per_epoch: number of steps, without the incomplete last batch.
-        steps_at_once: number of steps in one launch.
-        state_of: `state_of(key, values)`, the state before the first step; `values` are
+        train: feeds the training part to the devices.
+        validation: feeds the validation part.
+        test: feeds the test part.
+        steps_per_epoch: number of steps per epoch, without the incomplete last batch.
+        steps_at_once: largest number of steps in one launch.
+        state_of: `state_of(key, values)` returns the state before the first step; `values` are
             hyperparameters by name, possibly traced.
-        step_of: `step_of(values)`, the step on stored images of one device.
+        step_of: `step_of(values)` returns the step on stored images of one device.
         step: the step on stored images, over all devices of the layout.
         sums: see :func:`experiments.step.evaluation.make_sums`.
         evaluate: see :func:`experiments.step.evaluation.make_evaluate`.
@@ -86,7 +86,7 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
     method_of = _method_of(recipe, dataset, layout, steps_per_epoch * recipe.epochs)
 
     def state_of(key: jax.Array, values: Any) -> TrainState:
-        # Separate keys, so that nothing drawn for one purpose is drawn for another.
+        # Separate keys keep the draws for different purposes independent.
         init_key, method_key, key = jax.random.split(key, 3)
         params, stats = init(init_key)
         return train_step.init_state(params, stats, method_of(values, method_key), key)
@@ -123,7 +123,7 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
 def _model(
     recipe: Recipe, dataset: data.Dataset, layout: Layout
 ) -> tuple[models.Init, models.Apply]:
-    # In groups, statistics are those of a group.
+    # Groups have their own statistics.
     synchronised = recipe.batch_statistics == "synchronised" and not recipe.in_groups
     try:
         return models.build(
@@ -195,9 +195,9 @@ def _normalise(dataset: data.Dataset) -> Callable[[jax.Array], jax.Array]:
 
 
 def _prepare(recipe: Recipe, dataset: data.Dataset) -> train_step.Prepare:
-    """Crops and flips stored images, normalises them, and cuts out a square, in this order."""
+    """Returns the function that crops, flips and normalizes images, then cuts out a square."""
     normalise = _normalise(dataset)
-    # Streamed images come randomly cropped.
+    # Streamed images are already randomly cropped.
     padding = 0 if dataset.train.streamed else recipe.crop_padding
 
     def prepare(key: jax.Array, images: jax.Array) -> jax.Array:

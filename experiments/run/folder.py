@@ -2,8 +2,8 @@
 
 config.json     all options with their values, written first
 metrics.csv     one line per epoch, appended during training
-tensorboard/    the same as event files
-checkpoints/    the latest ones and that of the best epoch (orbax)
+tensorboard/    the same numbers as event files
+checkpoints/    the latest checkpoints and that of the best epoch (orbax)
 curves.png      loss and validation accuracy, drawn at the end
 summary.json    status, progress, test accuracy; written last, also after an interruption
 """
@@ -38,7 +38,7 @@ class RunFolder:
 
     Args:
         path: path of the folder.
-        writes: whether this process writes; of several processes only the first does.
+        writes: whether this process writes. Of several processes, only the first one does.
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
@@ -51,7 +51,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any]) -> "RunFolder":
-        """Makes a new folder, or takes an empty one, and writes its configuration.
+        """Makes a new folder, or takes an empty one, and writes the configuration.
 
         Raises:
             OSError: if `path` exists and is not an empty folder, or cannot be made.
@@ -63,7 +63,7 @@ class RunFolder:
         return folder
 
     def lock(self) -> None:
-        """Keeps other processes from writing here until :meth:`close`, or the end of this process.
+        """Keeps other processes from writing here until :meth:`close` or the end of this process.
 
         Raises:
             BlockingIOError: if another process has the lock.
@@ -83,9 +83,9 @@ class RunFolder:
         self._write(name, json.dumps(content, indent=2) + "\n")
 
     def start_metrics(self, rows: list[dict[str, Any]]) -> None:
-        """Starts metrics.csv and the event files anew, with the epochs of a checkpoint.
+        """Rewrites metrics.csv and the event files with the epochs of a checkpoint.
 
-        An interrupted run may have written epochs after its last checkpoint.
+        An interrupted run may have written later epochs.
         """
         self.metrics = []
         if not self._writes:
@@ -145,7 +145,7 @@ def read_config(path: Path) -> Config:
     """Returns the options of the run in the folder `path`.
 
     Raises:
-        ArgumentError: if it is no run folder, or not one of this version.
+        ArgumentError: if it is no run folder, or is of another version.
     """
     file = path / "config.json"
     if not file.is_file():

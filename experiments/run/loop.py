@@ -1,4 +1,4 @@
-"""The loop of one training run: steps, epochs, checkpoints, an end or an interruption."""
+"""The loop of one training run: steps, epochs, checkpoints, end or interruption."""
 
 import dataclasses
 import signal
@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-import bisam_jax
 from experiments.run.checkpoints import UNKNOWN, CheckpointError, Checkpoints
 from experiments.run.experiment import Experiment
 from experiments.run.folder import RunFolder
@@ -22,11 +21,11 @@ class NonFiniteLossError(Exception):
 
 
 class Run:
-    """A run under way: its state, and what it writes.
+    """A run in progress: its state, and what it writes.
 
     Args:
-        experiment: what it computes with.
-        folder: where it writes. If there are checkpoints, it resumes from the last one.
+        experiment: what the run computes with.
+        folder: where the run writes. If there are checkpoints, it resumes from the last one.
         checkpoint_every: steps between checkpoints.
         keep_checkpoints: number of latest checkpoints to keep.
 
@@ -48,11 +47,11 @@ class Run:
         self.started = time.perf_counter()
         self.seconds_before = self.seconds_in_epoch = 0.0
         self.step = 0
-        self.losses: list[float] = []  # of the epoch under way
+        self.losses: list[float] = []  # of the current epoch
         self.compile_seconds = 0.0
         rows = self._restore(saved[-1]) if (saved := self.checkpoints.steps()) else []
         folder.start_metrics(rows)
-        # The row of the epoch whose checkpoint is the best.
+        # The metrics of the best epoch.
         best_step = self.checkpoints.best_step()
         self.best = next((row for row in rows if row["step"] == best_step), None)
         self.write_summary("started")
@@ -80,14 +79,14 @@ class Run:
         values |= values.pop("hyperparameters")
         if values["batch_statistics"] == "per-device":
             values["parts_of_a_batch"] = experiment.layout.parts
-        # Through JSON, tuples become lists.
+        # A list, since JSON has no tuples.
         return values | {
             "train_examples": experiment.train.examples,
             "image_shape": list(experiment.dataset.image_shape),
         }
 
     def train(self, interruption: Interruption) -> None:
-        """Runs the remaining steps, or those before an interruption."""
+        """Runs the remaining steps, or stops at an interruption."""
         if self.step == self.experiment.total_steps:
             return
         compiling = time.perf_counter()
@@ -140,7 +139,7 @@ class Run:
         accuracy, loss = experiment.evaluate(
             self.state.params, self.state.stats, experiment.validation
         )
-        # The losses know only the parameters before the last step.
+        # The losses do not cover the parameters after the last step.
         if not np.isfinite(accuracy):
             self._stop_at(self.step)
         examples = experiment.steps_per_epoch * experiment.recipe.batch_size
@@ -154,7 +153,7 @@ class Run:
         }
         self.losses, self.seconds_in_epoch = [], 0.0
         self.folder.append_metrics(row)
-        # Among equals take the later, which is trained longer.
+        # The later of two equal epochs is better: it is trained longer.
         is_best = self.best is None or accuracy >= self.best["validation_accuracy"]
         last = self.step == experiment.total_steps
         if is_best or last or self.step % self.checkpoint_every == 0:
@@ -167,7 +166,7 @@ class Run:
         )
 
     def _save(self, accuracy: float = UNKNOWN) -> None:
-        # Copies: they are written while training continues.
+        # Copied lists: orbax writes them while training continues.
         progress = {
             "identity": self._identity(),
             "metrics": list(self.folder.metrics),
@@ -201,7 +200,7 @@ class Run:
         return self.experiment.evaluate(state.params, state.stats, self.experiment.test).accuracy
 
     def write_summary(self, status: str, test_accuracy: float | None = None) -> dict[str, Any]:
-        """Writes and returns summary.json, with what is known now."""
+        """Writes summary.json with what is known now, and returns it."""
         summary = {
             "status": status,
             "epochs_completed": len(self.folder.metrics),
@@ -218,7 +217,7 @@ class Run:
             "device": jax.devices()[0].device_kind,
             "devices": self.experiment.layout.mesh.size,
             "processes": jax.process_count(),
-            "versions": {"bisam_jax": bisam_jax.__version__, "jax": jax.__version__},
+            "versions": machine.versions(),
         }
         self.folder.write_json("summary.json", summary)
         return summary

@@ -1,4 +1,4 @@
-"""Trained parameters back from a run folder, and their accuracy on each split."""
+"""Restores trained parameters from a run folder, and measures them on each split."""
 
 import contextlib
 import dataclasses
@@ -18,8 +18,8 @@ class Restored(NamedTuple):
 
     Attributes:
         experiment: what the run computed with.
-        state: its state after `step`.
-        step: number of steps so far.
+        state: the state of training after `step`.
+        step: number of steps before the checkpoint.
     """
 
     experiment: Experiment
@@ -28,11 +28,11 @@ class Restored(NamedTuple):
 
 
 def restore(folder: Path, step: int | None = None, **changed: Any) -> Restored:
-    """Restores a run, without writing to its folder: it may still be under way.
+    """Restores a run. It writes nothing to the folder, so the run may still be in progress.
 
     Args:
         folder: the run folder.
-        step: the step of a checkpoint; None for that of the best epoch.
+        step: the step of a checkpoint; None for the best epoch's.
         **changed: options that replace those of the run, such as `devices` and `data_dir`.
 
     Raises:
@@ -40,7 +40,7 @@ def restore(folder: Path, step: int | None = None, **changed: Any) -> Restored:
         DatasetError: if the data set is not there.
         CheckpointError: if the checkpoint cannot be read.
     """
-    # How devices shared a training step has no meaning for an evaluation.
+    # These options have no meaning for an evaluation.
     changed |= {"parallelism": "jit", "batch_statistics": "synchronised"}
     config = dataclasses.replace(read_config(folder), **changed)
     path = RunFolder(folder).checkpoints
@@ -58,7 +58,7 @@ def restore(folder: Path, step: int | None = None, **changed: Any) -> Restored:
 
 
 def accuracy_and_loss(experiment: Experiment, state: TrainState) -> dict[str, dict[str, Any]]:
-    """Returns accuracy and cross-entropy on each split, with any label noise of training."""
+    """Returns accuracy and cross-entropy on each split, with the label noise of training."""
     feeds = {
         "train": experiment.train,
         "validation": experiment.validation,

@@ -20,11 +20,11 @@ from experiments.system.interruption import Interruption, SharedInterruption
 
 
 def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
-    """Trains as configured; returns the summary that it also writes to the run folder.
+    """Trains as configured. Returns the summary, which is also in the run folder.
 
     Args:
-        config: the options; to resume a run, those of its folder.
-        resume: a run folder whose last checkpoint training continues from.
+        config: the options. To resume a run, they are those of its folder.
+        resume: the folder of a run to resume from its last checkpoint; None for a new run.
 
     Raises:
         ArgumentError: if the options do not fit the data, or the run folder exists or cannot be
@@ -32,9 +32,9 @@ def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
         DatasetError: if the data set is not there.
         CheckpointError: if a checkpoint cannot be read.
         NonFiniteLossError: if a loss is not finite; the message names the step.
-        KeyboardInterrupt: on Ctrl-C, after the current launch, with a checkpoint of it. Then, and
-            after a SIGTERM, which returns, the status in the summary is "interrupted". If there
-            are several processes, Ctrl-C ends one at once.
+        KeyboardInterrupt: on Ctrl-C, after a checkpoint at the end of the current launch. A
+            SIGTERM also writes a checkpoint, but returns. In both cases the status in the summary
+            is "interrupted". If there are several processes, Ctrl-C ends one at once.
     """
     if resume is not None:
         summary = RunFolder(resume).read_summary()
@@ -95,7 +95,7 @@ def _new_folder(recipe: Recipe) -> Path:
 
 
 def _with_defaults(config: Config, recipe: Recipe, every: int, output: Path) -> Config:
-    """Returns all options with their values, as the run folder has them."""
+    """Returns the options with every value filled in, for the run folder."""
     return dataclasses.replace(
         filled_in(config, recipe),
         checkpoint_every=every,
@@ -106,9 +106,9 @@ def _with_defaults(config: Config, recipe: Recipe, every: int, output: Path) -> 
 
 def _last_words(folder: Path | None) -> str:
     return (
-        "error: this process was ended; if it says above that a task died or that a connection is "
-        "lost, another process of the run is gone. Start all of them again with "
-        f"--resume {folder or 'and the run folder'}: the run resumes from its last checkpoint\n"
+        "error: this process was ended. If a line above says that a task died or a connection was "
+        "lost, another process of the run is gone. To resume from the last checkpoint, start all "
+        f"processes again with --resume {folder or 'and the run folder'}\n"
     )
 
 
@@ -122,7 +122,7 @@ def _check_output(path: Path | None) -> str:
 
 
 def _open(output: Path, config: Config, resume: Path | None) -> RunFolder:
-    """Returns the folder to write to, which the first process makes and locks."""
+    """Returns the folder to write to. The first process makes and locks it."""
     opened = []
 
     def open_() -> str:

@@ -1,5 +1,4 @@
-"""One training step: its state, its method, its devices, the batches that reach it, evaluation.
+"""One training step: its state, its method, its devices, its batches, and evaluation.
 
-Everything here is a pure function or a compiled one. Nothing here writes a file or knows of epochs,
-checkpoints or other runs.
+Nothing here writes a file, or knows checkpoints or other runs.
 """

@@ -1,7 +1,7 @@
-"""Random changes of image batches and their normalisation, as pure functions for use inside jit.
+"""Augmentation and normalization of image batches, as pure functions for use inside jit.
 
-Images are [batch, height, width, channels]. With the same key the result is the same on any number
-of devices. A whole batch of 128 32x32 colour images takes 0.4 ms on two CPU cores.
+Images are [batch, height, width, channels]. The same key gives the same result on any number of
+devices. A batch of 128 color images of 32x32 takes 0.4 ms on two CPU cores.
 """
 
 import jax
@@ -9,13 +9,14 @@ import jax.numpy as jnp
 
 
 def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
-    """Pads each image with zeros and crops it back to its size at a place of its own.
+    """Pads each image with zeros and crops it back to its size, at a random place per image.
 
     Args:
         key: a PRNG key.
-        images: of any dtype, which the result keeps; best uint8, a quarter of float32's bytes.
-        padding: pixels on each side; each of the `2 * padding + 1` offsets along either axis is
-            as likely.
+        images: images of any dtype, which the result keeps. uint8 is best: it has a quarter of
+            float32's bytes.
+        padding: pixels on each side. The `2 * padding + 1` offsets along each axis are equally
+            likely.
     """
     sides = (padding, padding)
     padded = jnp.pad(images, ((0, 0), sides, sides, (0, 0)))
@@ -28,7 +29,7 @@ def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
 
 
 def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Mirrors each image left to right with probability 1/2; of any dtype."""
+    """Mirrors each image left to right with probability 1/2, for any dtype."""
     flipped = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
     return jnp.where(flipped, images[:, :, ::-1], images)
 
@@ -36,7 +37,7 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 def normalise(
     images: jax.Array, mean: jax.typing.ArrayLike, std: jax.typing.ArrayLike
 ) -> jax.Array:
-    """`(images - mean) / std` in float32, each of `mean` and `std` one number a channel."""
+    """Returns `(images - mean) / std` in float32; `mean` and `std` have one number per channel."""
     mean, std = (jnp.asarray(x, jnp.float32).reshape(-1) for x in (mean, std))
     return (images.astype(jnp.float32) - mean) / std
 
@@ -44,21 +45,21 @@ def normalise(
 def cutout(
     key: jax.Array, images: jax.Array, length: int = 16, probability: float = 0.5
 ) -> jax.Array:
-    """Sets a square of each image to zero, with a probability; use it on normalised images.
+    """Sets a random square of some images to zero. Use it on normalized images.
 
-    The top left corner is uniform from `-(length // 2)` up to, without, `size - length // 2` along
-    either axis, and the square ends at the border of the image.
+    Along each axis, the top left corner is uniform from `-(length // 2)` to `size - length // 2`
+    (exclusive). The square ends at the border of the image.
 
     Args:
         key: a PRNG key.
-        images: where zero is the mean, that is after :func:`normalise`.
+        images: images whose mean is zero, that is, after :func:`normalise`.
         length: side of the square in pixels.
-        probability: that an image has a square at all.
+        probability: probability that an image gets a square.
 
     References:
         DeVries and Taylor, `Improved Regularization of Convolutional Neural Networks with Cutout
         <https://arxiv.org/abs/1708.04552>`_, 2017. The probability and the range of the corner are
-        those of `github.com/davda54/sam`, which trains with it.
+        those of `github.com/davda54/sam`, which trains with Cutout.
     """
     count, height, width, _ = images.shape
     chosen, *corners = jax.random.split(key, 3)

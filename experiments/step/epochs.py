@@ -38,7 +38,7 @@ def steps_on(
         examples: number of examples.
         batch_size: examples per step, at most `examples`.
         steps_at_once: length of the longest launch. If it is 1, the program has no loop.
-        constrained: lays a batch over devices.
+        constrained: lays a batch over the devices.
     """
     steps_per_epoch = examples // batch_size
 
@@ -50,7 +50,7 @@ def steps_on(
     def one(state: TrainState, data: Split, order: jax.Array, number: jax.Array) -> tuple:
         # Each device gathers only its own rows.
         indices = constrained(order[number % steps_per_epoch])
-        # The same number for all replicas, so that `when` is decided once for all.
+        # The number is the same for all replicas, so `when` is decided once for all of them.
         state = state._replace(step=number)
         return step(state, constrained(jax.tree.map(lambda x: x[indices], data)))
 
@@ -58,7 +58,7 @@ def steps_on(
         state, loss = one(state, data, order, start)
         return state, loss[None]
 
-    # A loop of unknown length: launches of every length share one compiled program.
+    # With traced limits, launches of every length share one compiled program.
     def several(state: TrainState, data: Split, order: jax.Array, start: Any, stop: Any) -> tuple:
         def body(number: jax.Array, carry: tuple) -> tuple:
             state, losses = carry

@@ -14,7 +14,7 @@ from experiments.step.layout import Layout
 
 
 class Evaluation(NamedTuple):
-    """Means over the examples of a split.
+    """The means over the examples of a split.
 
     Attributes:
         accuracy: share of correct predictions; NaN if a logit is not finite.
@@ -33,11 +33,11 @@ def make_sums(
 ) -> Sums:
     """Returns `sums(params, stats, images, labels, counted)`: float32[2].
 
-    The first sum counts correct predictions, the second one adds up losses.
+    The first sum counts correct predictions. The second one adds up losses.
 
     Args:
         apply: the model.
-        normalise: maps stored images to the model's.
+        normalise: maps stored images to the model's inputs.
     """
 
     def sums(
@@ -46,7 +46,7 @@ def make_sums(
         logits, _ = apply(params, stats, normalise(images), train=False)
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
         right = logits.argmax(-1) == labels
-        # argmax of logits that are not finite would be class 0.
+        # Otherwise NaN logits would count as class 0.
         right = jnp.where(jnp.isfinite(logits).all(-1), right, jnp.nan)
         return jnp.where(counted, jnp.stack([right, losses]), 0).sum(-1)
 

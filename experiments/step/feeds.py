@@ -6,7 +6,7 @@ on its number and the key of the run, so a resumed run sees what an uninterrupte
 
 import collections
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,18 +20,20 @@ from experiments.step.train_step import StepOnStored, TrainState
 _LAUNCHES_AHEAD = 2
 
 
-class Launch(Protocol):
-    """Compiled steps. A call donates the state."""
+class Launch(NamedTuple):
+    """Compiled steps.
 
+    Attributes:
+        compiled: the program.
+        steps_at_once: largest number of steps of one call.
+        run: `run(state, start, stop)` runs the steps from `start` to `stop` (exclusive), which are
+            of one epoch and at most `steps_at_once`. It donates the state, and returns the next
+            state and the losses, float32[steps_at_once], of which the first `stop - start` are set.
+    """
+
+    compiled: Any
     steps_at_once: int
-
-    def __call__(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, jax.Array]:
-        """Runs the steps from `start` to `stop` (exclusive), at most `steps_at_once`, of one epoch.
-
-        Returns the next state and the losses, float32[steps_at_once], of which the first
-        `stop - start` are set.
-        """
-        ...
+    run: Callable[[TrainState, int, int], tuple[TrainState, jax.Array]]
 
 
 class Feed(Protocol):
@@ -81,53 +83,42 @@ class InMemory:
         self, step: StepOnStored, state: TrainState, batch_size: int, seed: int, epochs: int
     ) -> Launch:
         """See :class:`Feed`. The order of the examples depends on the key of the state."""
-        return _LaunchInMemory(
-            step, state, self.split, batch_size, self._steps_at_once, self._layout
+        layout, at_once, steps_per_epoch = (
+            self._layout,
+            self._steps_at_once,
+            self.examples // batch_size,
         )
+        steps = steps_on(step, self.examples, batch_size, at_once, layout.constrained)
+        order_of = jax.jit(steps.order_of, out_shardings=layout.whole)
+        number = np.int32(0)
+        orders = {0: order_of(state, number)}
+        with layout.context():
+            lowered = layout.jit(steps.launch, state).lower(
+                state, self.split, orders[0], number, number
+            )
+        compiled = lowered.compile()
+
+        def run(state: TrainState, start: int, stop: int) -> tuple[TrainState, jax.Array]:
+            epoch = start // steps_per_epoch
+            if epoch not in orders:
+                orders.clear()
+                orders[epoch] = order_of(state, np.int32(epoch))
+            return compiled(state, self.split, orders[epoch], np.int32(start), np.int32(stop))
+
+        return Launch(compiled, at_once, run)
 
     def batches(self, size: int) -> Iterator[tuple[Any, Any, np.ndarray]]:
         """See :class:`Feed`."""
         parts = self._layout.parts
         size = min(size, -(-self.examples // parts) * parts)
         if self.examples < size:
-            # Devices share batches evenly.
+            # Filled up, since devices share batches evenly.
             filled = Split(*(_padded(x, size, jnp.pad) for x in self.split))
             yield *filled, np.arange(size) < self.examples
             return
         for part, counted in windows(self.examples, size):
             images, labels = (jax.lax.slice_in_dim(x, part.start, part.stop) for x in self.split)
             yield images, labels, counted
-
-
-class _LaunchInMemory:
-    """See :class:`Launch`."""
-
-    def __init__(
-        self,
-        step: StepOnStored,
-        state: TrainState,
-        split: Split,
-        batch_size: int,
-        steps_at_once: int,
-        layout: Layout,
-    ) -> None:
-        self.steps_at_once = steps_at_once
-        self._split = split
-        self._steps_per_epoch = split.examples // batch_size
-        self._epoch = -1
-        steps = steps_on(step, split.examples, batch_size, steps_at_once, layout.constrained)
-        self._order_of = jax.jit(steps.order_of, out_shardings=layout.whole)
-        self._order = self._order_of(state, np.int32(0))
-        launch = layout.jit(steps.launch, state)
-        number = np.int32(0)
-        with layout.context():
-            self.compiled = launch.lower(state, split, self._order, number, number).compile()
-
-    def __call__(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, jax.Array]:
-        epoch = start // self._steps_per_epoch
-        if epoch != self._epoch:
-            self._order, self._epoch = self._order_of(state, np.int32(epoch)), epoch
-        return self.compiled(state, self._split, self._order, np.int32(start), np.int32(stop))
 
 
 class Streamed:
@@ -140,15 +131,26 @@ class Streamed:
         self, step: StepOnStored, state: TrainState, batch_size: int, seed: int, epochs: int
     ) -> Launch:
         """See :class:`Feed`. A launch is one step; order and crops depend on the seed."""
-        here = self._layout.rows_here(batch_size)
+        layout, image_shape = self._layout, self._stream.image_shape
+        here = layout.rows_here(batch_size)
+        streams: list[Iterator[Split]] = []
 
-        def batches_from(first_step: int) -> Iterator[Split]:
-            rows = self._stream.training_batches(batch_size, seed, first_step, epochs, here)
-            return (self._layout.batch(batch, batch_size) for batch in rows)
+        def single(state: TrainState, batch: Split) -> tuple[TrainState, jax.Array]:
+            state, loss = step(state, batch)
+            return state, loss[None]
 
-        return _LaunchStreamed(
-            step, state, self._stream.image_shape, batch_size, batches_from, self._layout
+        def run(state: TrainState, start: int, stop: int) -> tuple[TrainState, jax.Array]:
+            if not streams:
+                streams.append(self._stream.training_batches(batch_size, seed, start, epochs, here))
+            return compiled(state, layout.batch(next(streams[0]), batch_size))
+
+        shapes = Split(
+            jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8, sharding=layout.split),
+            jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=layout.split),
         )
+        with layout.context():
+            compiled = layout.jit(single, state).lower(state, shapes).compile()
+        return Launch(compiled, 1, run)
 
     def batches(self, size: int) -> Iterator[tuple[Any, Any, np.ndarray]]:
         """See :class:`Feed`."""
@@ -157,39 +159,6 @@ class Streamed:
             filled = jax.tree.map(lambda x: _padded(x, len(here), np.pad), rows)
             counted = np.arange(size) < self.examples - number * size
             yield *self._layout.batch(filled, size), counted
-
-
-class _LaunchStreamed:
-    """See :class:`Launch`."""
-
-    steps_at_once = 1
-
-    def __init__(
-        self,
-        step: StepOnStored,
-        state: TrainState,
-        image_shape: tuple[int, ...],
-        batch_size: int,
-        batches_from: Callable[[int], Iterator[Split]],
-        layout: Layout,
-    ) -> None:
-        def single(state: TrainState, batch: Split) -> tuple:
-            state, loss = step(state, batch)
-            return state, loss[None]
-
-        self._batches_from = batches_from
-        self._batches: Iterator[Split] | None = None
-        shapes = Split(
-            jax.ShapeDtypeStruct((batch_size, *image_shape), jnp.uint8, sharding=layout.split),
-            jax.ShapeDtypeStruct((batch_size,), jnp.int32, sharding=layout.split),
-        )
-        with layout.context():
-            self.compiled = layout.jit(single, state).lower(state, shapes).compile()
-
-    def __call__(self, state: TrainState, start: int, stop: int) -> tuple[TrainState, jax.Array]:
-        if self._batches is None:
-            self._batches = self._batches_from(start)
-        return self.compiled(state, next(self._batches))
 
 
 def advance(
@@ -221,7 +190,7 @@ def advance(
 
     while start < stop and not interrupted(start):
         end = min(stop, start + launch.steps_at_once)
-        state, losses = launch(state, start, end)
+        state, losses = launch.run(state, start, end)
         under_way.append((losses, end - start))
         start = end
         # The device never waits for the host, and a signal never waits for many launches.
@@ -233,7 +202,7 @@ def advance(
 
 
 def windows(examples: int, size: int) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields parts of one size that cover all examples, and which of a part were in none before."""
+    """Yields parts of one size that cover all examples, and which rows of each part are new."""
     size = min(size, examples)
     for first in range(0, examples, size):
         start = min(first, examples - size)

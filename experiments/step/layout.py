@@ -1,8 +1,8 @@
-"""How a run lies over devices.
+"""The layout of a run over devices.
 
 The devices form a mesh of three axes:
 
-gradients   two parallel gradients of a method, each on one half of the devices; otherwise of size 1
+gradients   two parallel gradients of a method, each on one half of the devices; otherwise size 1
 data        parts of the batch
 fsdp        parts of the parameters, and of every array that has their shapes
 
@@ -34,10 +34,10 @@ GRADIENTS, DATA, FSDP = "gradients", "data", "fsdp"
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh, and what lies where on it; :func:`layout_of` makes one.
+    """A mesh, and what lies where on it. :func:`layout_of` makes one.
 
     Attributes:
-        mesh: the devices, with the axes above.
+        mesh: the devices, with the axes `gradients`, `data` and `fsdp`.
         batch_axes: the axes over which batches lie.
         parallelism: "jit" for one program over all devices; "shard_map" or "pmap" for one on each.
     """
@@ -48,12 +48,12 @@ class Layout:
 
     @property
     def axis_name(self) -> str | None:
-        """The axis by which the program of one device knows the others; None under jit."""
+        """The axis name in the program of one device; None under jit."""
         return None if self.parallelism == "jit" else DATA
 
     @property
     def gradient_axis(self) -> str | None:
-        """The axis over which two parallel gradients lie, if they do."""
+        """The axis over which two parallel gradients lie; None without them."""
         return GRADIENTS if self.mesh.shape[GRADIENTS] == 2 else None
 
     @property
@@ -63,16 +63,16 @@ class Layout:
 
     @property
     def whole(self) -> NamedSharding:
-        """All of an array on every device."""
+        """The sharding of an array that is whole on every device."""
         return NamedSharding(self.mesh, P())
 
     @property
     def split(self) -> NamedSharding:
-        """The first axis, that of examples, over the devices."""
+        """The sharding of an array whose first axis, the examples, lies over the devices."""
         return NamedSharding(self.mesh, P(self.batch_axes))
 
     def of_state(self, state: TrainState) -> TrainState:
-        """Returns the sharding of each leaf of a training state: arrays or shapes."""
+        """Returns the sharding of each leaf of a training state of arrays or shapes."""
         return by_role(state, lambda _: self.split, lambda leaf: sharding_of(leaf, self.mesh))
 
     def make(self, make_state: Callable[[], TrainState]) -> TrainState:
@@ -80,13 +80,13 @@ class Layout:
         shardings = self.of_state(jax.eval_shape(make_state))
         if self.mesh.shape[FSDP] == 1 and jax.process_count() == 1:
             return jax.device_put(make_state(), shardings)
-        # Compiling takes longer, but no device has to hold or reach the whole state.
+        # Compiling takes longer, but no device needs the whole state.
         return jax.jit(make_state, out_shardings=shardings)()
 
     def put(self, split: Split) -> Split:
         """Returns a split of NumPy arrays, whole on every device."""
 
-        # device_put would send it to all processes to compare.
+        # device_put would send the array to all processes to compare it.
         def put(x: np.ndarray) -> jax.Array:
             return jax.make_array_from_callback(x.shape, self.whole, lambda _: x)
 
@@ -126,7 +126,7 @@ class Layout:
 
 
 def by_role(state: Any, of_batches: Callable[[Any], Any], of_others: Callable[[Any], Any]) -> Any:
-    """Maps the leaves of a state: those of a kept batch, which lie as batches do, and the rest."""
+    """Maps the leaves of a state: `of_batches` those of a kept batch, `of_others` the rest."""
 
     def mapped(path: Any, leaf: Any) -> Any:
         is_of_batch = any(getattr(part, "name", None) == "sampa_batch" for part in path)
@@ -136,7 +136,7 @@ def by_role(state: Any, of_batches: Callable[[Any], Any], of_others: Callable[[A
 
 
 def sharding_of(leaf: Any, mesh: Mesh) -> NamedSharding:
-    """Splits matrices along their longest axis that `fsdp` divides; leaves other arrays whole."""
+    """Returns a leaf's sharding. Matrices split along their longest axis that `fsdp` divides."""
     parts = mesh.shape[FSDP]
     axes = [axis for axis, size in enumerate(leaf.shape) if size % parts == 0]
     if parts == 1 or leaf.ndim < 2 or not axes:
@@ -149,7 +149,7 @@ def layout_of(recipe: Recipe, place: Place) -> Layout:
     """Returns the layout of a run.
 
     Raises:
-        ArgumentError: if the devices are not there, or batch or groups cannot be split over them.
+        ArgumentError: if there are too few devices, or they cannot share the batch or the groups.
     """
     devices = _devices(place.devices)
     count = len(devices)
@@ -179,10 +179,10 @@ def layout_of(recipe: Recipe, place: Place) -> Layout:
 
 
 def _groups_fit_devices(recipe: Recipe, place: Place, parts: int) -> bool:
-    """Whether every device can have whole groups of its own.
+    """Returns whether every device can have whole groups.
 
-    XLA cannot split the convolutions of many models at once over devices, so that each device
-    better computes its groups by itself.
+    Each device then computes its own groups, since XLA cannot split the convolutions of many
+    models over devices.
     """
     if place.parallelism != "jit" or not recipe.in_groups or place.fsdp > 1:
         return False
@@ -190,7 +190,7 @@ def _groups_fit_devices(recipe: Recipe, place: Place, parts: int) -> bool:
 
 
 def _devices(count: int | None) -> list[Any]:
-    """Returns `count` devices of each process, or all."""
+    """Returns the first `count` devices of each process, or all."""
     there = jax.local_device_count()
     if count is not None and count > there:
         raise ArgumentError(f"--devices must be at most the {there} there are, got {count}")
@@ -201,7 +201,7 @@ def _devices(count: int | None) -> list[Any]:
 
 
 def _check_statistics(recipe: Recipe, layout: Layout) -> None:
-    """Refuses batch statistics per device where they cannot be taken."""
+    """Refuses batch statistics per device where they cannot be computed."""
     if recipe.batch_statistics != "per-device":
         return
     if recipe.in_groups:
@@ -241,7 +241,7 @@ def _check_batch(recipe: Recipe, layout: Layout) -> None:
 
 
 def _check_single_examples(recipe: Recipe, layout: Layout) -> None:
-    """Refuses one example per device, which cannot be told from a single one of the batch."""
+    """Refuses one example per device: the step would take it for the gradient of one example."""
     shared = recipe.batch_statistics == "synchronised" and not recipe.in_groups
     parts = layout.parts
     if parts == 1 or not (shared and recipe.method_spec.takes_single_examples):

@@ -1,4 +1,4 @@
-"""From names and hyperparameters to optax: the base optimizer and the method before it."""
+"""The base optimizer and the method before it, made from names and hyperparameters."""
 
 import functools
 import inspect
@@ -36,7 +36,7 @@ def base_optimizer(
 
     Args:
         name: a key of `BASE_OPTIMIZERS`.
-        hyperparameters: its values, possibly traced.
+        hyperparameters: values by name, possibly traced.
         total_steps: length of the schedule.
     """
     schedule = optax.cosine_decay_schedule(hyperparameters["learning_rate"], total_steps)

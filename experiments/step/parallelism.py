@@ -1,8 +1,8 @@
 """A training step over many devices, in one of three ways.
 
 jit        one program for the whole batch, which XLA lays over the devices
-shard_map  the program of one device, with checks of what varies over them
-pmap       the same in the form that much TPU code still uses
+shard_map  the program of one device; JAX checks what varies over the devices
+pmap       the program of one device, in the form that much TPU code still uses
 """
 
 import math
@@ -15,7 +15,7 @@ from experiments.step.train_step import Batch, Step, TrainState
 
 
 def over_devices(step: Step, layout: Layout) -> Step:
-    """Returns a step on a whole batch over the devices, from the step of one device."""
+    """Returns the step on a whole batch over all devices, from the step of one device."""
     match layout.parallelism:
         case "shard_map":
             return _shard_mapped(step, layout)

@@ -13,7 +13,7 @@ from experiments.step.method import BuiltMethod, PerExampleLoss
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes, and the key that all randomness of a run comes from."""
+    """Everything that a step changes, and the key of all randomness of a run."""
 
     step: jax.Array
     key: jax.Array
@@ -27,10 +27,10 @@ class Batch(NamedTuple):
     """The examples of a step, or a part of them.
 
     Attributes:
-        images: float32[batch, height, width, channels], normalised and augmented.
+        images: float32[batch, height, width, channels], normalized and augmented.
         labels: int32[batch].
-        positions: int32[batch], places in the whole batch. Dropout draws by them, so its masks do
-            not depend on how the batch is split.
+        positions: int32[batch], positions in the whole batch. Dropout masks depend on them, and
+            not on how the batch is split.
     """
 
     images: jax.Array
@@ -39,7 +39,7 @@ class Batch(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Independent keys of a run: fold in the epoch or the step before use."""
+    """The independent keys of a run. Fold in the epoch or the step before use."""
 
     order: jax.Array
     augmentation: jax.Array
@@ -70,7 +70,7 @@ def init_state(params: Any, stats: Any, method: BuiltMethod, key: jax.Array) -> 
 
 
 def cross_entropy(label_smoothing: float) -> PerExampleLoss:
-    """Returns the training loss per example, with labels spread over the other classes."""
+    """Returns the training loss per example: cross-entropy with smoothed labels."""
 
     def loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
         classes = logits.shape[-1]
@@ -82,11 +82,11 @@ def cross_entropy(label_smoothing: float) -> PerExampleLoss:
 
 
 def prepared(stored: Split, prepare: Prepare, state: TrainState) -> Batch:
-    """Returns a batch of stored images as the model sees it.
+    """Returns a batch for the model, from stored images.
 
     Args:
         stored: images and labels from the data set.
-        prepare: normalises and augments images, given a key of the step.
+        prepare: normalizes and augments images, given a key of the step.
         state: holds the number of the step and the key of the run.
     """
     key = jax.random.fold_in(keys_of(state).augmentation, state.step)
@@ -95,7 +95,7 @@ def prepared(stored: Split, prepare: Prepare, state: TrainState) -> Batch:
 
 
 def whenever(start: int, every: int) -> When | None:
-    """Returns `when(step)`, true at every `every`-th step from `start` on; None if always true."""
+    """Returns `when(step)`, true at every `every`-th step from `start`; None if always true."""
     if (start, every) == (0, 1):
         return None
     return lambda step: (step >= start) & ((step - start) % every == 0)
@@ -111,7 +111,7 @@ def make_step(
     microbatch_size: int | None = None,
     axis_name: str | None = None,
 ) -> Step:
-    """Makes a step on one batch; it returns the new state and the training loss of the clean pass.
+    """Makes a step on one batch, which returns the new state and the clean training loss.
 
     All passes of a step use the same dropout key. Batch statistics come from the clean pass, and
     are averaged over groups, microbatches and devices.
@@ -120,11 +120,11 @@ def make_step(
         apply: the model.
         method: the method and the base optimizer.
         loss: the training loss.
-        when: whether to perturb, by the number of the step; None for always.
+        when: maps the number of the step to whether to perturb; None to always perturb.
         group_size: number of examples that share a perturbation (m-sharpness); None for all.
         microbatch_size: number of examples in memory at once; None for all.
         axis_name: axis of the devices that share the batch, if each of them runs this step. Both
-            sizes are then those of one device.
+            sizes then count the examples of one device.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
@@ -172,7 +172,7 @@ def _forward(apply: Callable, state: TrainState, at_once: int) -> Callable:
 
     def forward(params: Any, part: Batch) -> tuple[jax.Array, Any]:
         if len(part.labels) == 1 < at_once:
-            # A single example has no batch statistics of its own: use the running ones.
+            # A single example has no batch statistics: use the running ones.
             return apply(params, state.stats, part.images, train=False)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, part.positions)
         return apply(params, state.stats, part.images, train=True, keys=keys)

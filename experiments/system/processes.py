@@ -12,7 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -85,15 +85,13 @@ def from_first(make: Callable[[], str]) -> str:
     """
     if jax.process_count() == 1:
         return make()
-    message: dict[str, str] = {}
+    message = {}
     if is_first():
         try:
-            message["value"] = make()
+            message = {"value": make()}
         except ArgumentError as error:
-            message["error"] = str(error)[: _MESSAGE_BYTES // 8]
-    padded = json.dumps(message).encode()[:_MESSAGE_BYTES].ljust(_MESSAGE_BYTES)
-    received = multihost_utils.broadcast_one_to_all(np.frombuffer(padded, np.uint8))
-    message = json.loads(np.asarray(received, np.uint8).tobytes())
+            message = {"error": _cut(error)}
+    message = _from_all(message)[0]
     if "error" in message:
         raise ArgumentError(message["error"])
     return message["value"]
@@ -117,10 +115,8 @@ def agreed(make: Callable[[], T], text_of: Callable[[T], str], name: str) -> T:
         made.append(make())
         message = hashlib.sha256(text_of(made[0]).encode()).hexdigest()
     except ValueError as error:
-        message = f"error: {str(error)[: _MESSAGE_BYTES // 8]}"
-    padded = json.dumps(message).encode().ljust(_MESSAGE_BYTES)
-    received = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
-    messages = [json.loads(np.asarray(row, np.uint8).tobytes()) for row in received]
+        message = f"error: {_cut(error)}"
+    messages = _from_all(message)
     for number, message in enumerate(messages):
         if message.startswith("error: "):
             raise ArgumentError(f"process {number}: {message.removeprefix('error: ')}")
@@ -129,6 +125,18 @@ def agreed(make: Callable[[], T], text_of: Callable[[T], str], name: str) -> T:
             f"all processes must have the same {name}: process {odd[0]} differs from process 0"
         )
     return made[0]
+
+
+def _from_all(message: Any) -> list[Any]:
+    """Returns the message of each process, JSON values of at most `_MESSAGE_BYTES`."""
+    padded = json.dumps(message).encode().ljust(_MESSAGE_BYTES)
+    received = multihost_utils.process_allgather(np.frombuffer(padded, np.uint8))
+    return [json.loads(np.asarray(row, np.uint8).tobytes()) for row in received]
+
+
+def _cut(error: Exception) -> str:
+    # JSON may escape a character by twelve bytes.
+    return str(error)[: _MESSAGE_BYTES // 16]
 
 
 def abandon(error: Exception) -> NoReturn:
