@@ -3,11 +3,11 @@
     python -m experiments.benchmarks.steps
 
 The methods take turns, step by step, so that a change in the speed of the machine affects all of
-them. The first table compares with `optax.contrib.sam`: with `opaque_mode=True`, and with
-`opaque_mode=False`, where a step is two calls, one per gradient. The second table has every method
-of the training script. If steps differ in work (sparse-fisher renews its mask only at some steps),
-FLOPs are those of the most expensive step. XLA counts the body of a loop once, so it counts only
-two of the three samples of tilted.
+them. The first table compares with `optax.contrib.sam`, opaque and transparent (`opaque_mode`). A
+transparent step is two calls, one per gradient. The second table has every method of the training
+script. If steps differ in work (sparse-fisher renews its mask only at some steps), FLOPs are those
+of the most expensive step. XLA counts the body of a loop once, so it counts only two of the three
+samples of tilted.
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class Subject(NamedTuple):
 
 
 def subjects(loss_fn: Callable, q: Callable, rho: float) -> list[Subject]:
-    """Returns the methods beside optax's, all with the same base optimizer."""
+    """Returns the compared methods, optax's included, all with the same base optimizer."""
     base = optax.sgd(0.1, momentum=0.9)
     adversary = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
     opaque = optax.contrib.sam(base, adversary, opaque_mode=True)

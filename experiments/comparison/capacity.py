@@ -1,4 +1,4 @@
-"""How many replicas to train at once.
+"""Chooses how many replicas to train at once.
 
 Matrix products of many replicas become one batched product, so networks without convolutions are
 trained together. Convolutions of many replicas become grouped convolutions, which XLA on CPU runs

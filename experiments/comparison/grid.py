@@ -24,15 +24,15 @@ class Grid(SeveralHyperparameters, Task):
     methods: tuple[str, ...] = ("sgd", "sam", "bisam-log", "bisam-tanh")
     """Methods of experiments.train. METHOD+log and METHOD+tanh ascend BiSAM's losses."""
     seeds: int = 8
-    """Number of runs per method and values. A seed fixes initialization, order of the examples,
-    augmentation and label noise for all methods."""
+    """Number of runs per method and values.
+    A seed fixes initialization, example order, augmentation and label noise for all methods."""
     first_seed: int = 0
     """The first seed. The others follow it. Confirm the chosen values with other seeds."""
     equal_gradients: bool = True
     """Also train sgd longer, with as many gradients as each other method takes."""
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be compared, by the names of the command line."""
+        """Refuses what cannot be compared. Messages name the options."""
         check_ranges(self, {"seeds": Range(1), "first_seed": Range(0)})
         if not self.methods:
             raise ArgumentError("--methods must name at least one method")
@@ -58,7 +58,7 @@ class Grid(SeveralHyperparameters, Task):
 
     @property
     def task(self) -> dict[str, Any]:
-        """What all runs have in common, as JSON values."""
+        """The options that all runs have in common, as JSON values."""
         # Resolved with a method that can follow all options.
         return task_of(self, self._recipe("sam", 0, {}))
 

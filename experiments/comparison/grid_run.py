@@ -71,7 +71,7 @@ def examples_of(grid: Grid) -> Examples:
 
 
 class GridRun:
-    """Trains those runs of a grid that have no result yet.
+    """Trains the runs of a grid that have no result yet.
 
     Args:
         grid: the options that all runs share.

@@ -14,7 +14,7 @@ from experiments.data.workers import made_ahead
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stream:
-    """A part of a data set that is read, decoded and resized anew for each batch.
+    """A part of a data set that is read, decoded and resized again for each batch.
 
     A batch depends only on the arguments, not on the number of workers or on the first step that
     is read.

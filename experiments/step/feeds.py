@@ -1,4 +1,4 @@
-"""How the examples of a split reach the step: from memory, or streamed from disk.
+"""Feeds the examples of a split to the step: from memory, or streamed from disk.
 
 A run is a sequence of launches, each a few steps of one epoch. The examples of a step depend only
 on its number and the key of the run, so a resumed run sees what an uninterrupted one would see.
