@@ -43,12 +43,12 @@ class CompareOptions(Grid):
     replicas_at_once: int | None = None
     """Largest number of runs at once (default: as many as is fast and fits in memory)."""
     output: Path | None = None
-    """The folder to write to (default: a new one in runs/). Resumes a comparison in it."""
+    """The folder to write to (default: a new one in runs/). A comparison in it is resumed."""
     from_: Annotated[tuple[Path, ...] | None, tyro.conf.arg(name="from")] = None
     """Train nothing. Report the results in these folders."""
 
     def __post_init__(self) -> None:
-        """Refuses what cannot be compared, by the names of the command line."""
+        """Refuses what cannot be compared. Messages name the options."""
         super().__post_init__()
         check_ranges(self, {"replicas_at_once": Range(1)})
         if self.from_ is not None:
@@ -74,7 +74,8 @@ class CompareOptions(Grid):
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
     _make_cores_devices()
-    options = command_line.parse(CompareOptions, __doc__ or "", args)
+    given = sys.argv[1:] if args is None else args
+    options = command_line.parse(CompareOptions, __doc__ or "", given)
     name = "comparison" if options.from_ else f"{options.dataset.replace('/', '-')}-comparison"
     folder = options.output or files.new_folder(name)
     try:
@@ -84,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> None:
             compare(
                 options,
                 folder,
-                command=shlex.join(["python", "-m", "experiments.compare", *sys.argv[1:]]),
+                command=shlex.join(["python", "-m", "experiments.compare", *given]),
                 baseline=options.baseline,
                 replicas_at_once=options.replicas_at_once,
             )

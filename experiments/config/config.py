@@ -16,28 +16,23 @@ from experiments.system.command_line import ArgumentError
 
 if TYPE_CHECKING:
     ModelName = MethodName = str
-
-    class Hyperparameters:
-        """The fields of `HYPERPARAMETERS`, which type checkers do not read."""
-
-        def __getattr__(self, name: str) -> Any: ...
-
-    SeveralHyperparameters = Hyperparameters
 else:
     ModelName, MethodName = Literal[tuple(ARCHITECTURES)], Literal[tuple(METHODS)]
 
-    def _hyperparameters(several: bool) -> type:
-        """Makes a class with one field per hyperparameter: a value or several; None by default."""
 
-        def field(name: str, is_count: bool) -> tuple[str, Any, None]:
-            number = int if is_count else float
-            values = (tuple[number, ...] if several else number) | None
-            return name, Annotated[values, tyro.conf.arg(help=methods.help_of(name))], None
+def _hyperparameters(several: bool) -> Any:
+    """Makes a class with one field per hyperparameter: a value or several. The default is None."""
 
-        fields = [field(name, known.is_count) for name, known in HYPERPARAMETERS.items()]
-        return dataclasses.make_dataclass("Hyperparameters", fields, frozen=True)
+    def field(name: str, is_count: bool) -> tuple[str, Any, None]:
+        number: Any = int if is_count else float
+        values = (tuple[number, ...] if several else number) | None
+        return name, Annotated[values, tyro.conf.arg(help=methods.help_of(name))], None
 
-    Hyperparameters, SeveralHyperparameters = _hyperparameters(False), _hyperparameters(True)
+    fields = [field(name, known.is_count) for name, known in HYPERPARAMETERS.items()]
+    return dataclasses.make_dataclass("Hyperparameters", fields, frozen=True)
+
+
+Hyperparameters, SeveralHyperparameters = _hyperparameters(False), _hyperparameters(True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +57,8 @@ class Task:
     """Share of each label that the training loss spreads over the other classes."""
 
     crop_padding: int | None = None
-    """Largest random shift in pixels (default: 4 for CIFAR and SVHN, 2 for MNIST and Fashion-MNIST,
-    else 0). Not for streamed images."""
+    """Largest random shift in pixels (default: CIFAR and SVHN 4, (Fashion-)MNIST 2, else 0).
+    Not for streamed images."""
     flip: bool | None = None
     """Mirror half of the images (default: yes, unless they show digits)."""
     cutout: float | None = None
@@ -127,7 +122,7 @@ class Config(Place, Hyperparameters, Task):
     """The run folder (default: a new one in runs/)."""
 
     def __post_init__(self) -> None:
-        """Refuses values out of range, by the names of the command line."""
+        """Refuses values out of range. Messages name the options."""
         ranges = {name: known.range for name, known in HYPERPARAMETERS.items()}
         check_ranges(self, _RANGES | ranges)
         spec = METHODS[self.method]

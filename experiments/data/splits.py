@@ -60,13 +60,6 @@ def label_offsets(count: int, share: float, classes: int, rng: np.random.Generat
     return offsets
 
 
-def with_label_noise(
-    labels: np.ndarray, share: float, classes: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Replaces `round(share * len(labels))` labels. Every other class is equally likely."""
-    return (labels + label_offsets(len(labels), share, classes, rng)) % classes
-
-
 def first_examples(indices: np.ndarray, count: int | None) -> np.ndarray:
     """Returns the first `count` training examples, or all. Smaller subsets lie in larger ones."""
     if count is None:

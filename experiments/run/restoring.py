@@ -59,11 +59,7 @@ def restore(folder: Path, step: int | None = None, **changed: Any) -> Restored:
 
 def accuracy_and_loss(experiment: Experiment, state: TrainState) -> dict[str, dict[str, Any]]:
     """Returns accuracy and cross-entropy on each split, with the label noise of training."""
-    feeds = {
-        "train": experiment.train,
-        "validation": experiment.validation,
-        "test": experiment.test,
-    }
+    feeds = {name: getattr(experiment, name) for name in ("train", "validation", "test")}
     return {
         name: {
             "examples": feed.examples,
