@@ -1,4 +1,4 @@
-"""The perturbation of a method: a ball of its radius, or another that replaces it."""
+"""The choice of a method's perturbation: the user's own, or a ball with the method's radius."""
 
 import math
 
@@ -15,17 +15,17 @@ def l2_ball_unless(
     name: str = "rho",
     default: float = 0.05,
 ) -> optax.GradientTransformationExtraArgs:
-    """The `perturbation` of a method's user, or an `l2_ball` of radius `rho` without one.
+    """Returns the user's `perturbation`, or an `l2_ball` of radius `rho` if it is None.
 
     Args:
-        perturbation: from the ascent gradient to eps, or None.
-        rho: the method's radius.
-        name: of that argument, for messages.
-        default: its default, to tell whether it was given too.
+        perturbation: maps the ascent gradient to eps, or None.
+        rho: radius of the method.
+        name: name of the radius argument, used in messages.
+        default: default radius, used to tell whether the user set the radius too.
 
     Raises:
-        TypeError: if `perturbation` is no transformation.
-        ValueError: if both were given: one of them would silently have no effect.
+        TypeError: if `perturbation` is not an optax transformation.
+        ValueError: if both were given, since `rho` would silently have no effect.
     """
     if not callable(rho):
         check_scalar(name, rho, minimum=0.0)
@@ -38,7 +38,7 @@ def l2_ball_unless(
     )
     if not is_default:
         raise ValueError(
-            f"{name} and perturbation were both given, and the radius is that of perturbation: "
+            f"{name} and perturbation were both given, and {name} would have no effect: "
             f"leave out {name}."
         )
     return optax.with_extra_args_support(perturbation)

@@ -1,4 +1,4 @@
-"""A batch, its parts, and what a loss function returns of them."""
+"""Batches: how a loss function is called on them, and how they are split and joined again."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,11 +23,12 @@ LAST = Accumulator(
 
 
 class Parts(NamedTuple):
-    """What a loss function returned for a batch.
+    """Output of a loss function on one batch.
 
     Attributes:
-        losses: float[batch], one per example, in float32 at least; None for a scalar mean.
-        aux: anything; None without `has_aux`.
+        losses: float[batch], one loss per example, in float32 or wider; None if the function
+            returned a scalar mean.
+        aux: a tree of any structure; None without `has_aux`.
     """
 
     losses: jax.Array | None
@@ -35,13 +36,13 @@ class Parts(NamedTuple):
 
 
 class BatchLoss:
-    """A user's loss function of parameters and a batch, with what it returns checked.
+    """A user's loss function of parameters and a batch, with checks of its output.
 
     Args:
-        name: of the argument, for messages.
-        fn: returns a scalar mean or one loss per example; with `has_aux` a pair of it and aux.
+        name: name of the argument, used in messages.
+        fn: returns a scalar mean or one loss per example; with `has_aux`, a pair of that and aux.
         has_aux: see :func:`bisam_jax.value_and_grad`.
-        is_clean: whether it makes clean passes; otherwise it may leave out aux.
+        is_clean: whether the clean pass calls it. If not, it may leave out aux.
     """
 
     def __init__(self, name: str, fn: BatchLossFn, has_aux: bool, is_clean: bool = True) -> None:
@@ -50,7 +51,7 @@ class BatchLoss:
         self.name, self.fn, self._has_aux, self._is_clean = name, fn, has_aux, is_clean
 
     def with_parts(self, params: Any, batch: Batch) -> tuple[jax.Array, Parts]:
-        """The mean, and what it was made of."""
+        """Returns the mean loss, and the losses and aux that came with it."""
         out, aux = self._loss_and_aux(self.fn(params, batch))
         if not is_floating_array(out) or jnp.ndim(out) > 1 or _misses_examples(out, batch):
             raise TypeError(
@@ -71,20 +72,20 @@ class BatchLoss:
         return out, None
 
     def mean(self, params: Any, batch: Batch) -> jax.Array:
-        """The mean over the batch."""
+        """Returns the mean loss over the batch."""
         return self.with_parts(params, batch)[0]
 
     def losses(self, params: Any, batch: Batch) -> jax.Array:
-        """One loss per example.
+        """Returns one loss per example.
 
         Raises:
-            MissingArgumentError: if `fn` returns their mean.
+            MissingArgumentError: if `fn` returns a scalar mean.
         """
         losses = self.with_parts(params, batch)[1].losses
         if losses is None:
             raise MissingArgumentError(
-                f"the method looks at single examples, and {self.name} returns their mean",
-                "pass example_losses_fn, or fisher_scores_fn",
+                f"the method needs one loss per example, and {self.name} returns their mean",
+                "pass example_losses_fn or fisher_scores_fn",
                 f"return one loss per example from {self.name}, or pass example_losses_fn or "
                 "fisher_scores_fn to the step",
             )
@@ -97,31 +98,31 @@ def _misses_examples(out: Any, batch: Batch) -> bool:
 
 
 def length_of(batch: Batch) -> int | None:
-    """The number of examples; None if the batch has no arrays, or not of one length."""
+    """Returns the number of examples; None if there are no arrays or their lengths differ."""
     leaves = jax.tree.leaves(batch)
     lengths = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else None for leaf in leaves}
     return lengths.pop() if len(lengths) == 1 else None
 
 
 def check_splits(batch: Batch, **sizes: int | None) -> None:
-    """Raises unless all of a batch can be split into parts of the given sizes.
+    """Raises unless every array of a batch can be split into parts of each given size.
 
     Raises:
-        ValueError: names the size, or the array of the batch, that does not fit.
+        ValueError: names the size or the array that does not fit.
     """
     lengths = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
         place = f"batch{jax.tree_util.keystr(path)}"
         if jnp.ndim(leaf) == 0:
             raise ValueError(
-                f"{place} is a scalar, but groups, microbatches and methods that look at single "
+                f"{place} is a scalar, but groups, microbatches and methods that use single "
                 "examples split every array of the batch along its first axis: give it one entry "
                 "per example, or let the loss function close over it."
             )
         lengths[place] = jnp.shape(leaf)[0]
     if len(set(lengths.values())) != 1:
         raise ValueError(
-            f"the arrays of batch must have one number of examples, got {lengths or 'no arrays'}."
+            f"the arrays of batch must have the same number of examples, got {lengths or 'none'}."
         )
     (length,) = set(lengths.values())
     for name, size in sizes.items():
@@ -132,44 +133,45 @@ def check_splits(batch: Batch, **sizes: int | None) -> None:
 
 
 def check_not_explicit(batch: Batch) -> None:
-    """Raises if the examples lie over an explicit axis of a mesh, where they cannot be taken apart.
+    """Raises if the examples are sharded over an explicit mesh axis, where they cannot be split.
 
     Raises:
-        ValueError: names the array of the batch.
+        ValueError: names the array that is sharded.
     """
     for path, leaf in jax.tree_util.tree_flatten_with_path(batch)[0]:
         sharding = jax.typeof(jnp.asarray(leaf)).sharding
         if any(sharding.spec[:1]):
             raise ValueError(
                 f"microbatch_size cannot split batch{jax.tree_util.keystr(path)}, whose examples "
-                f"lie over the explicit mesh axis {sharding.spec[0]!r}: make the mesh with "
+                f"are sharded over the explicit mesh axis {sharding.spec[0]!r}: make the mesh with "
                 "AxisType.Auto, or call the step inside jax.shard_map with axis_name."
             )
 
 
 class AuxRules(NamedTuple):
-    """How aux of parts of a batch becomes aux of the batch.
+    """Rules that combine the aux of parts of a batch into the aux of the whole batch.
 
     Attributes:
-        rules: for each leaf, an accumulation of optax.
-        shapes: what each leaf is to have, as `jax.ShapeDtypeStruct`.
+        rules: one optax accumulation per leaf.
+        shapes: shape and dtype of each leaf for the whole batch, as `jax.ShapeDtypeStruct`.
     """
 
     rules: Any
     shapes: Any
 
     def reshaped(self, tree: Any) -> Any:
-        """Joined leaves in their own shapes."""
+        """Returns joined leaves in the shapes that the whole batch gives."""
         return jax.tree.map(lambda leaf, like: leaf.reshape(like.shape), tree, self.shapes)
 
 
 def aux_rules(loss: BatchLoss, params: Any, batch: Batch, size: int) -> AuxRules:
-    """The rules for parts of `size` examples, of what :meth:`BatchLoss.with_parts` returns.
+    """Returns the rules that combine the output of :meth:`BatchLoss.with_parts` on parts.
 
-    What has an axis of examples shows in tracing the function on the whole batch and on a part.
+    Each part has `size` examples. Tracing the function on the whole batch and on a part shows which
+    leaves have an axis of examples.
 
     Raises:
-        TypeError: for a leaf of aux that can be neither joined nor averaged.
+        TypeError: if a leaf of aux can be neither joined nor averaged.
     """
     examples = len(jax.tree.leaves(batch)[0])
 
@@ -200,13 +202,13 @@ def aux_rules(loss: BatchLoss, params: Any, batch: Batch, size: int) -> AuxRules
 def _of_length(x: Any, length: int) -> jax.Array:
     x = jnp.asarray(x)
     if jax.typeof(x).sharding.mesh.are_all_axes_explicit:
-        # Only traced: a part need not divide over the devices.
+        # This is only traced, and a part need not divide evenly over the devices.
         x = jax.sharding.reshard(x, jax.sharding.PartitionSpec())
     return x[:length] if length <= len(x) else jnp.concatenate([x] * -(-length // len(x)))[:length]
 
 
 def in_groups(x: jax.Array, size: int) -> jax.Array:
-    """Splits the first axis in two, with each group where its examples are."""
+    """Splits the first axis into groups of `size`; examples stay on their devices."""
     shape = (-1, size, *x.shape[1:])
     sharding = jax.typeof(x).sharding
     if not sharding.mesh.are_all_axes_explicit:

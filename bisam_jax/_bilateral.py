@@ -1,4 +1,4 @@
-"""Bilateral SAM: the gradients at the worst and at the best point of two balls."""
+"""Bilateral SAM: gradients at the worst point of one ball and at the best point of another."""
 
 from typing import Any, NamedTuple
 
@@ -14,8 +14,8 @@ class BilateralState(NamedTuple):
     """State of :func:`bilateral_sam`; empty for constant radii.
 
     Attributes:
-        max_state: of the perturbation to the worst point.
-        min_state: of the perturbation to the best point.
+        max_state: state of the perturbation to the worst point.
+        min_state: state of the perturbation to the best point.
     """
 
     max_state: optax.OptState
@@ -38,17 +38,17 @@ def bilateral_sam(
 
     Args:
         rho_max: radius of the ball with the worst point: a scalar, possibly traced, or a schedule.
-        rho_min: likewise of the ball with the best point.
-        perturbation: replaces both balls, :math:`P` say: the points are :math:`w + P(a)` and
-            :math:`w - P(a)`.
+        rho_min: radius of the ball with the best point, in the same forms.
+        perturbation: replaces both balls. With :math:`P` this perturbation, the points are
+            :math:`w + P(a)` and :math:`w - P(a)`.
 
     Returns:
-        A transformation whose ``update`` takes what that of :func:`sharpness_aware` takes;
-        ``loss_fn`` or ``grad_fn`` is called at both points, and at :math:`w` if ``grads`` is None.
+        A transformation whose ``update`` takes the arguments listed in :func:`sharpness_aware`. It
+        calls ``loss_fn`` or ``grad_fn`` at both points, and at :math:`w` if ``grads`` is None.
 
     Raises:
-        TypeError, ValueError: as :func:`sharpness_aware`; if a radius and ``perturbation`` are
-            given.
+        TypeError, ValueError: as :func:`sharpness_aware`; also if both a radius and
+            ``perturbation`` are given.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -65,9 +65,9 @@ def bilateral_sam(
         <https://arxiv.org/abs/2409.13173>`_, 2024
 
     .. note:: Three gradients per step, four with a perturbation loss; no state. Agrees to 1e-9 in
-        float64 with the authors' code where that restores the weights before the base optimizer's
-        step. As published it steps from :math:`w - \rho_{\min} u`: the paper steps from :math:`w`,
-        and so does this.
+        float64 with the authors' code, once that code restores the weights before the base
+        optimizer's step. The published code steps from :math:`w - \rho_{\min} u`; the paper and
+        this function step from :math:`w`.
     """
     uphill = l2_ball_unless(perturbation, rho_max, "rho_max")
     downhill = l2_ball_unless(perturbation, rho_min, "rho_min")

@@ -1,7 +1,7 @@
 """The boundary between a call of `update` and the rule of a method.
 
-On a user's side are parameters of any structure and dtype, and functions of them. On a rule's side
-are the floating leaves only, in float32 at least, and gradients of their structure.
+The user's side has parameters of any structure and dtype, and functions of them. The rule's side
+has only the floating leaves, in float32 or wider, and gradients with their structure.
 """
 
 import functools
@@ -27,7 +27,7 @@ Init = Callable[[optax.Params], Any]
 
 
 class Rule(Protocol):
-    """A method's mathematics: from the losses at `params` to the gradient for the optimizer."""
+    """The mathematics of a method: maps the losses to the gradient for the optimizer."""
 
     def __call__(
         self, losses: "TwoLosses", state: Any, params: optax.Params, /, **extra_args: Any
@@ -37,28 +37,28 @@ class Rule(Protocol):
 
 
 class WithGradient:
-    """A loss function whose gradient at the parameters of this step is there already.
+    """A loss function whose gradient at the parameters of this step is already known.
 
-    :func:`bisam_jax.value_and_grad` makes it of Q, since its clean pass has differentiated it.
+    :func:`bisam_jax.value_and_grad` wraps Q in it, since its clean pass has differentiated Q.
 
     Args:
-        fn: from parameters to the loss.
-        gradient: of no arguments, returns the gradient at the parameters.
+        fn: maps parameters to the loss.
+        gradient: takes no arguments, returns the gradient at the parameters of this step.
     """
 
     def __init__(self, fn: LossFn, gradient: Callable[[], optax.Updates]) -> None:
         self._fn, self.gradient = fn, gradient
 
     def __call__(self, params: Any) -> Any:
-        """The loss at any parameters."""
+        """Returns the loss at any parameters."""
         return self._fn(params)
 
 
 class TwoLosses:
-    """The two players' losses on this batch: L, which is descended, and Q, which is ascended.
+    """The losses of the two players on this batch: L is descended, and Q is ascended.
 
-    Points and gradients have the structure of the parameters' floating part. Every method
-    evaluates what it is asked for, and nothing before.
+    Points and gradients have the structure of the parameters' floating part. Nothing is evaluated
+    until it is requested.
 
     Args:
         params: the user's parameters.
@@ -69,7 +69,7 @@ class TwoLosses:
         perturbation_grads: the gradient of Q at `params`, or None.
 
     Raises:
-        ValueError: if neither or both forms of L are given, or both of Q.
+        ValueError: if neither or both forms of L are given, or both forms of Q.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TwoLosses:
                 "exactly one of loss_fn (params -> scalar) and grad_fn (params -> gradients) is "
                 f"needed, got {got}",
                 "call update(grads, state, params, loss_fn=...)",
-                "tx must hand extra arguments on, as GradientTransformationExtraArgs of optax do",
+                "tx must pass extra arguments on, as an optax.GradientTransformationExtraArgs does",
             )
         if perturbation_loss_fn is not None and perturbation_grads is not None:
             raise ValueError(
@@ -99,18 +99,18 @@ class TwoLosses:
         self._q, self._grads_of_q = perturbation_loss_fn, perturbation_grads
 
     def gradient(self, point: optax.Params) -> optax.Updates:
-        """The gradient of L at a point."""
+        """Returns the gradient of L at a point."""
         return self._gradient(merge(point, self._params))
 
     def value_and_gradient(self, point: optax.Params) -> tuple[jax.Array, optax.Updates]:
-        """The value of L and its gradient at a point.
+        """Returns the value of L and its gradient at a point.
 
         Raises:
-            MissingArgumentError: if L was given by its gradient.
+            MissingArgumentError: if only the gradient of L was given.
         """
         if self._loss_fn is None:
             raise MissingArgumentError(
-                "loss_fn is missing, and the method weighs gradients by losses",
+                "loss_fn is missing, and the method weights gradients by losses",
                 "call update(grads, state, params, loss_fn=...) instead of grad_fn",
                 "pass loss_fn",
             )
@@ -120,13 +120,13 @@ class TwoLosses:
 
     @functools.cached_property
     def clean_gradient(self) -> optax.Updates:
-        """The gradient of L at the parameters: the given one, or computed here."""
+        """The gradient of L at the parameters: the given one, or one computed here."""
         if self._grads is None:
             return self._gradient(self._params)
         return self._checked("grads", self._grads)
 
     def ascent_gradient(self) -> optax.Updates:
-        """The gradient at the parameters of what is ascended: of Q, or of L without Q."""
+        """Returns the gradient of the ascended loss at the parameters: of Q, or of L without Q."""
         if self._grads_of_q is not None:
             return self._checked("perturbation_grads", self._grads_of_q)
         if self._q is None:
@@ -136,14 +136,14 @@ class TwoLosses:
         return float_part(gradient_of("perturbation_loss_fn", self._q)(self._params))
 
     def ascent_gradient_at(self, point: optax.Params) -> optax.Updates:
-        """The gradient of what is ascended, at any point.
+        """Returns the gradient of the ascended loss at any point.
 
         Raises:
-            MissingArgumentError: if Q was given by its gradient at the parameters.
+            MissingArgumentError: if only the gradient of Q at the parameters was given.
         """
         if self._grads_of_q is not None:
             raise MissingArgumentError(
-                "perturbation_grads holds at params, and the method ascends Q elsewhere",
+                "perturbation_grads is valid only at params, and the method ascends Q elsewhere",
                 "pass perturbation_loss_fn",
                 "pass perturbation_loss_fn",
             )
@@ -153,7 +153,7 @@ class TwoLosses:
 
     def _gradient(self, params: optax.Params) -> optax.Updates:
         if self._grad_fn is not None:
-            return self._checked("what grad_fn returned", self._grad_fn(params))
+            return self._checked("the output of grad_fn", self._grad_fn(params))
         assert self._loss_fn is not None
         return float_part(gradient_of("loss_fn", self._loss_fn)(params))
 
@@ -161,16 +161,16 @@ class TwoLosses:
         floats = float_part(self._params)
         gradient = float_part(gradient)
         check_same_structure(name, gradient, floats)
-        # In the dtype of a gradient that JAX takes, so that states keep their types.
+        # The dtype that JAX gives a gradient of these parameters, so that states keep their types.
         return jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, floats)
 
 
 def from_rule(init: Init, rule: Rule) -> optax.GradientTransformationExtraArgs:
-    """A transformation whose `update` takes the arguments that every method takes.
+    """Returns a transformation whose `update` takes the arguments that every method takes.
 
     Args:
-        init: from the parameters' floating part to the state.
-        rule: see :class:`Rule`. It gets every extra argument that is not about the two losses.
+        init: maps the parameters' floating part to the state.
+        rule: see :class:`Rule`. It gets every extra argument except those for the two losses.
     """
 
     def init_fn(params: optax.Params) -> Any:
@@ -207,23 +207,23 @@ def perturbed_gradient(
     params: optax.Params,
     **extra_args: Any,
 ) -> tuple[optax.Updates, optax.Updates, Any]:
-    """The gradient of L at the perturbed point, the perturbation, and its next state."""
+    """Returns the gradient of L at the perturbed point, the perturbation, and its next state."""
     eps, state = perturbation.update(losses.ascent_gradient(), state, params, **extra_args)
     check_same_structure("the perturbation", eps, params)
     return losses.gradient(perturb(params, eps)), eps, state
 
 
 def gives_q(extra_args: dict[str, Any]) -> bool:
-    """Whether Q or its gradient is among the arguments of `update`."""
+    """Returns whether Q or its gradient is among the arguments of `update`."""
     names = ("perturbation_loss_fn", "perturbation_grads")
     return any(extra_args.get(name) is not None for name in names)
 
 
 def gradient_of(name: str, fn: LossFn) -> GradFn:
-    """`jax.grad(fn)`, with an error that names the argument if `fn` is not a real scalar."""
+    """Returns `jax.grad(fn)`; it raises, naming the argument, if `fn` is not a real scalar."""
     return jax.grad(checked(name, fn), allow_int=True)
 
 
 def checked(name: str, fn: LossFn) -> LossFn:
-    """`fn`, with an error that names the argument if it does not return a real scalar."""
+    """Returns `fn` with a check that its output is a real scalar; the error uses `name`."""
     return lambda params: check_scalar_loss(name, fn(params))

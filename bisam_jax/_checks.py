@@ -1,4 +1,4 @@
-"""Checks of arguments: of their values where those are concrete, of types and shapes always."""
+"""Checks of arguments: types and shapes always, values only where they are concrete."""
 
 import math
 from typing import Any
@@ -22,12 +22,12 @@ def check_scalar(
     """Raises unless `value` is one finite real number within the bounds.
 
     Args:
-        name: the argument's name, for the message.
-        value: a number, or a NumPy or JAX scalar; of a tracer, only shape and dtype are checked.
-        minimum: least allowed value, or the greatest refused one if `exclusive`.
-        maximum: greatest allowed value, or the least refused one if `exclusive_maximum`.
+        name: name of the argument, used in the message.
+        value: a number, or a NumPy or JAX scalar. For a tracer, only shape and dtype are checked.
+        minimum: smallest allowed value, or the largest refused one if `exclusive`.
+        maximum: largest allowed value, or the smallest refused one if `exclusive_maximum`.
         exclusive: whether `minimum` itself is refused.
-        exclusive_maximum: whether `maximum` itself is.
+        exclusive_maximum: whether `maximum` itself is refused.
 
     Raises:
         TypeError: if `value` is not a real number.
@@ -39,11 +39,11 @@ def check_scalar(
         )
     if np.shape(value) != ():
         raise ValueError(
-            f"{name} must be a scalar, got shape {np.shape(value)}; jax.vmap runs several at once."
+            f"{name} must be a scalar, got shape {np.shape(value)}: for several, use jax.vmap."
         )
     if isinstance(value, Tracer):
         return
-    # As the default floating dtype has it: 1e39 is infinite in float32, and 1e-46 is zero.
+    # Rounded to the default floating dtype: in float32, 1e39 is infinite and 1e-46 is zero.
     with np.errstate(over="ignore"):
         number = float(np.asarray(value, jnp.result_type(float)))
     too_small = number <= minimum if exclusive else number < minimum
@@ -68,7 +68,7 @@ def _is_integer(value: Any) -> bool:
 
 
 def check_count(name: str, value: Any) -> None:
-    """Raises unless `value` is a positive integer; of a tracer, only the dtype is checked.
+    """Raises unless `value` is a positive integer. For a tracer, the value is not checked.
 
     Raises:
         TypeError: if it is not an integer.
@@ -80,14 +80,14 @@ def check_count(name: str, value: Any) -> None:
 
 
 def check_static(name: str, value: Any) -> None:
-    """Raises if `value` is traced, although the shapes of the program depend on it.
+    """Raises if `value` is traced, since the shapes of the program depend on it.
 
     Raises:
-        TypeError: names `static_args`, since `optax.inject_hyperparams` is what traces it.
+        TypeError: names `static_args`, since `optax.inject_hyperparams` is the likely cause.
     """
     if isinstance(value, Tracer):
         raise TypeError(
-            f"{name} shapes the program, so it cannot be traced: under optax.inject_hyperparams, "
+            f"{name} sets array shapes, so it cannot be traced: under optax.inject_hyperparams, "
             f"pass static_args={name!r}."
         )
 
@@ -106,12 +106,12 @@ def check_key(key: Any) -> None:
 
 
 def as_key(key: Any) -> jax.Array:
-    """A random key: the given one, or the one of an integer seed."""
+    """Returns a random key: the given one, or one made from an integer seed."""
     return key if is_key(key) else jax.random.key(key)
 
 
 def is_key(key: Any) -> bool:
-    """Whether `key` is an array of random keys."""
+    """Returns whether `key` is an array of random keys."""
     return isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
@@ -129,7 +129,7 @@ def check_transformation(name: str, value: Any) -> None:
 
 
 def check_scalar_loss(name: str, value: Any) -> Any:
-    """Returns what the loss function `name` returned, if it is one real floating scalar.
+    """Returns `value`, the output of the loss function `name`, if it is one real floating scalar.
 
     Raises:
         TypeError: if it is anything else.
@@ -144,19 +144,19 @@ def check_scalar_loss(name: str, value: Any) -> Any:
 
 
 def is_floating_array(value: Any) -> bool:
-    """Whether `value` is one real floating array or number."""
+    """Returns whether `value` is one real floating array or number."""
     leaves = [] if value is None else jax.tree.leaves(value)
-    alone = len(leaves) == 1 and leaves[0] is value
-    return alone and bool(jnp.issubdtype(jnp.result_type(value), jnp.floating))
+    is_leaf = len(leaves) == 1 and leaves[0] is value
+    return is_leaf and bool(jnp.issubdtype(jnp.result_type(value), jnp.floating))
 
 
 def shapes_of(tree: Any) -> Any:
-    """The tree with the dtype and shape of each leaf, for messages."""
+    """Returns the tree with each leaf replaced by its dtype and shape, for messages."""
     return jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree)
 
 
 def check_params(params: Any) -> None:
-    """Raises unless `update` was given parameters, and all of them.
+    """Raises if `update` was given no parameters, or masked ones.
 
     Raises:
         ValueError: if they are missing, or masked by `optax.masked` or `optax.partition`.
@@ -167,25 +167,26 @@ def check_params(params: Any) -> None:
 
 
 def check_not_masked(params: Any) -> None:
-    """Raises inside `optax.masked`, which would hand masked parameters to the user's functions."""
+    """Raises inside `optax.masked`, which would pass masked parameters to the user's functions."""
 
     def is_masked(node: Any) -> bool:
         return isinstance(node, optax.MaskedNode)
 
     if any(map(is_masked, jax.tree.leaves(params, is_leaf=is_masked))):
         raise ValueError(
-            "optax.masked (or optax.partition) around a sharpness-aware transformation would hand "
-            "loss_fn masked parameters. To perturb only some leaves, freeze the others before the "
-            "ball: sharpness_aware(optax.chain(optax.transforms.freeze(mask), l2_ball(rho))). To "
-            "train only some leaves, mask what comes after it in the chain."
+            "optax.masked (or optax.partition) around a sharpness-aware transformation would pass "
+            "masked parameters to loss_fn. To perturb only some leaves, freeze the other leaves "
+            "before the ball: "
+            "sharpness_aware(optax.chain(optax.transforms.freeze(mask), l2_ball(rho))). To train "
+            "only some leaves, mask the transformations that come after it in the chain."
         )
 
 
 def check_same_structure(name: str, tree: Any, params: Any) -> None:
-    """Raises unless `tree` has the leaves of `params`, in their shapes.
+    """Raises unless `tree` has the structure and the leaf shapes of `params`.
 
     Raises:
-        ValueError: names `name`, the first leaf that differs and how.
+        ValueError: says which tree and which leaf differ, and how.
     """
     got, expected = (
         {
@@ -210,15 +211,15 @@ def check_same_structure(name: str, tree: Any, params: Any) -> None:
     structures = jax.tree.structure(tree), jax.tree.structure(params)
     if structures[0] != structures[1]:
         raise ValueError(
-            f"{name} does not match params: its containers are {structures[0]}, where params has "
-            f"{structures[1]}."
+            f"{name} does not match params: its containers are {structures[0]}, but the containers "
+            f"of params are {structures[1]}."
         )
 
 
 class MissingArgumentError(ValueError):
-    """An argument that a method needs is missing from the call.
+    """Raised if a call lacks an argument that the method needs.
 
-    A method is called by `update` or by `value_and_grad`, and each is mended in its own way.
+    A method is called by `update` or by `value_and_grad`. What the user must change differs.
 
     Args:
         problem: what is missing and why it is needed.

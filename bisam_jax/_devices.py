@@ -1,7 +1,7 @@
-"""What a step asks of the devices that share its batch, inside `pmap` or `shard_map`.
+"""Communication between the devices that share a batch, inside `pmap` or `shard_map`.
 
-Parameters and state are the same on every device, and each has its own part of the batch. Under
-`jax.jit` on a sharded batch there is nothing to ask: XLA lays one program over all of them.
+Parameters and state are the same on every device, and each device has its own part of the batch.
+`jax.jit` on a sharded batch needs none of this: XLA distributes the program over the devices.
 """
 
 from collections.abc import Callable
@@ -14,48 +14,48 @@ LossesFn = Callable[[Any, Any], jax.Array]
 
 
 class OneDevice:
-    """The step sees the whole batch."""
+    """A step that sees the whole batch."""
 
     def enter(self, params: Any) -> Any:
-        """The parameters, so that a :meth:`mean_loss` has the gradient of the whole batch."""
+        """Returns parameters for which :meth:`mean_loss` has the gradient of the whole batch."""
         return params
 
     def own(self, tree: Any) -> Any:
-        """The tree as each device's own, so that gradients are those of its part of the batch."""
+        """Returns a device-local tree, whose gradients are those of the device's own examples."""
         return tree
 
     def mean(self, tree: Any) -> Any:
-        """The mean over the devices."""
+        """Returns the mean over the devices."""
         return tree
 
     def mean_loss(self, loss: jax.Array) -> jax.Array:
-        """The mean over the devices of a loss of parameters that went through :meth:`enter`."""
+        """Returns the mean over devices of a loss of parameters returned by :meth:`enter`."""
         return loss
 
     def total(self, tree: Any) -> Any:
-        """The sum over the devices."""
+        """Returns the sum over the devices."""
         return tree
 
     def last(self, leaf: jax.Array) -> jax.Array:
-        """The leaf of the device with the last part of the batch."""
+        """Returns the leaf of the device that has the last part of the batch."""
         return leaf
 
     def joined(self, losses: jax.Array) -> jax.Array:
-        """The losses of the whole batch, in its order."""
+        """Returns the losses of the whole batch, in its order."""
         return losses
 
     def losses_at(
         self, losses_fn: LossesFn, params: Any, batch: Any, indices: jax.Array
     ) -> jax.Array:
-        """The losses of the examples at `indices` of the whole batch."""
+        """Returns the losses of the examples at `indices` of the whole batch."""
         return losses_fn(params, jax.tree.map(lambda x: take(x, indices), batch))
 
 
 class OneOfMany(OneDevice):
-    """The step sees one device's part of the batch.
+    """A step that sees one device's part of the batch.
 
     Args:
-        axis_name: of the mapped axis.
+        axis_name: name of the mapped axis.
     """
 
     def __init__(self, axis_name: str) -> None:
@@ -68,7 +68,7 @@ class OneOfMany(OneDevice):
     def enter(self, params: Any) -> Any:
         """See :class:`OneDevice`."""
         if _is_checked(self._axis):
-            # Then JAX sums gradients over the devices by itself.
+            # With these checks, JAX itself sums gradients over the devices.
             return self.own(params)
         return _with_mean_gradient(params, self._axis)
 
@@ -105,8 +105,8 @@ class OneOfMany(OneDevice):
 
     def joined(self, losses: jax.Array) -> jax.Array:
         """See :class:`OneDevice`."""
-        # A sum of losses in their places: unlike what is gathered, it is the same everywhere for
-        # the checks too.
+        # A sum instead of all_gather: the checks of shard_map know that a sum is the same on all
+        # devices.
         places = jnp.zeros((self._number, *losses.shape), losses.dtype)
         places = self.own(places).at[jax.lax.axis_index(self._axis)].set(losses)
         return jax.lax.psum(places, self._axis).reshape(-1)
@@ -114,7 +114,7 @@ class OneOfMany(OneDevice):
     def losses_at(
         self, losses_fn: LossesFn, params: Any, batch: Any, indices: jax.Array
     ) -> jax.Array:
-        """See :class:`OneDevice`; each device computes an equal share, if their number divides."""
+        """See :class:`OneDevice`; each device computes an equal share if the indices divide."""
         whole = jax.tree.map(self._gathered, batch)
         count = len(indices)
         if count % self._number:
@@ -132,10 +132,10 @@ class OneOfMany(OneDevice):
 
 
 def check_axis(axis_name: str) -> None:
-    """Raises unless the axis is one of those that the caller is mapped over.
+    """Raises unless the caller is mapped over the axis.
 
     Raises:
-        ValueError: if it is not.
+        ValueError: if the axis is not mapped.
     """
     try:
         jax.lax.axis_index(axis_name)
@@ -147,7 +147,7 @@ def check_axis(axis_name: str) -> None:
 
 
 def take(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """`x[indices]`, laid over the devices of an explicit mesh as `x` is."""
+    """Returns `x[indices]`, sharded like `x` on an explicit mesh."""
     x = jnp.asarray(x)
     sharding = jax.typeof(x).sharding
     if sharding.mesh.are_all_axes_explicit:
@@ -156,7 +156,7 @@ def take(x: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def _is_checked(axis_name: str) -> bool:
-    """Whether shard_map checks which values vary over the axis."""
+    """Returns whether shard_map checks which values vary over the axis."""
     return axis_name in _varies_over(jax.lax.axis_index(axis_name))
 
 
@@ -168,7 +168,7 @@ def _varies_over(x: Any) -> frozenset:
 
 
 def _varying(x: Any, axis_name: str) -> Any:
-    """A value that is the same on all devices, as one that may differ; JAX 0.7 has no pcast."""
+    """Returns a value marked as varying over the axis; JAX 0.7 has no pcast."""
     if axis_name in _varies_over(x):
         return x
     if hasattr(jax.lax, "pcast"):
@@ -177,9 +177,9 @@ def _varying(x: Any, axis_name: str) -> Any:
 
 
 def _with_mean_gradient(params: Any, axis_name: str) -> Any:
-    """The identity, whose gradient is the mean over the devices.
+    """Returns the parameters, with a gradient that is averaged over the devices.
 
-    Where nothing checks what varies, JAX takes each device's gradient for a value of its own.
+    Without the checks of shard_map, JAX leaves each device with its own gradient.
     """
 
     @jax.custom_vjp
@@ -193,9 +193,9 @@ def _with_mean_gradient(params: Any, axis_name: str) -> Any:
 
 
 def _mean_with_own_gradient(loss: jax.Array, axis_name: str) -> jax.Array:
-    """The mean over the devices, whose gradient is the loss's own.
+    """Returns the mean over the devices, with the gradient of this device's loss.
 
-    The gradients are averaged once, where the parameters enter; JAX would sum here too.
+    The gradients are averaged once, where the parameters enter. JAX would also sum them here.
     """
 
     @jax.custom_vjp

@@ -1,4 +1,4 @@
-"""Sparse SAM with a dynamic mask: perturb part of the weights, and let that part move."""
+"""Sparse SAM with a dynamic mask: perturb part of the weights, and change that part over time."""
 
 import functools
 import math
@@ -33,31 +33,34 @@ def dynamic_mask(
     update_every: int = 1,
     key: jax.Array | int = 0,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps a perturbation on part of the weights, and lets that part move.
+    r"""Keeps a perturbation on part of the weights, and changes that part over time.
 
-    Every ``update_every`` perturbations the ``drop_rate`` share of the perturbed weights with the
-    smallest drop scores is dropped, and as many others, those with the largest growth scores, are
-    grown; a weight just dropped cannot grow. The new mask holds from the next perturbation on.
+    Every ``update_every`` perturbations, the mask drops some weights and grows the same number. It
+    drops the ``drop_rate`` fraction of the perturbed weights with the smallest drop scores. It
+    grows the weights with the largest growth scores that were not perturbed, so a weight just
+    dropped cannot grow. The new mask applies from the next perturbation.
 
     Args:
-        sparsity: share of the weights, over all leaves together, that are not perturbed.
-        drop_rate: share dropped: a scalar in [0, 1], possibly traced, or a schedule, called with
-            the number of perturbations made. The authors' is
+        sparsity: fraction of the weights, over all leaves together, that is not perturbed.
+        drop_rate: fraction of the perturbed weights to drop: a scalar in [0, 1], possibly traced,
+            or a schedule, called with the number of perturbations so far. The authors use
             ``optax.cosine_decay_schedule(0.5, total_steps)``.
-        update_every: number of perturbations between changes; the first is at number 0.
-        key: random key, or a seed for one, for the first mask, which is random.
+        update_every: number of perturbations from one change of the mask to the next. The first
+            change is at perturbation 0.
+        key: random key or integer seed for the first mask, which is random.
 
     Returns:
-        A transformation to chain after a ball; its ``update`` needs the parameters. The drop score
-        of a weight is its magnitude once perturbed; the growth score is the magnitude of its entry
-        in the incoming perturbation, which after an ``l2_ball`` ranks the weights as the ascent
-        gradient does. The extra args ``drop_scores`` and ``growth_scores``, trees of non-negative
-        numbers in the parameters' shapes, replace them, with random ones for instance.
+        A transformation to chain after a ball; its ``update`` needs ``params``. The drop score of a
+        weight is the magnitude of the perturbed weight. The growth score is the magnitude of its
+        entry in the incoming perturbation; after an ``l2_ball``, this ranks the weights as the
+        ascent gradient does. The extra args ``drop_scores`` and ``growth_scores`` replace these
+        scores, for example with random ones. Both are trees of non-negative numbers in the
+        parameters' shapes.
 
     Raises:
         TypeError, ValueError: if ``sparsity`` or ``drop_rate`` is not in [0, 1], or
-            ``update_every`` no positive integer; in ``update``, for missing parameters, or scores
-            or a mask that do not match.
+            ``update_every`` is not a positive integer; in ``update``, if ``params`` is missing, or
+            if scores or the mask in the state do not match it.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -74,10 +77,10 @@ def dynamic_mask(
         Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach
         <https://arxiv.org/abs/2210.05177>`_, 2022
 
-    .. note:: State: one boolean per weight, and a counter. The counts are the authors': with
-        :math:`n` weights, sparsity :math:`s` and :math:`d` to drop, :math:`\lfloor n(1-s) - d
-        \rfloor` stay and :math:`\lfloor d \rfloor` grow, so that the mask can lose one weight to
-        rounding.
+    .. note:: State: one boolean per weight, and a counter. The mask has the authors' counts: with
+        :math:`n` weights, sparsity :math:`s` and :math:`d` weights to drop, :math:`\lfloor n(1-s) -
+        d \rfloor` stay and :math:`\lfloor d \rfloor` grow. Rounding can thus remove one weight from
+        the mask.
     """
     check_scalar("sparsity", sparsity, minimum=0.0, maximum=1.0)
     if not callable(drop_rate):
@@ -102,7 +105,9 @@ def dynamic_mask(
     ) -> tuple[optax.Updates, DynamicMaskState]:
         del extra_args
         if params is None:
-            raise ValueError("dynamic_mask needs the parameters: call update(..., params).")
+            raise ValueError(
+                "dynamic_mask needs the parameters, got None: call update(eps, state, params)."
+            )
         mask = state.dynamic_mask
         check_same_structure("the mask in the state", mask, updates)
         eps = masked(updates, mask)
@@ -130,22 +135,22 @@ def sparse_sam_dynamic(
     *,
     perturbation: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Sparse SAM with a moving mask: :func:`dynamic_mask` after an :func:`l2_ball`.
+    """Sparse SAM with a dynamic mask: :func:`dynamic_mask` after an :func:`l2_ball`.
 
     Args:
         rho: radius of the ball before masking: a scalar, possibly traced, or a schedule.
-        sparsity: share of the weights that are not perturbed; with 0, this is SAM.
-        drop_rate: share of the mask that moves each time.
-        update_every: number of steps between moves.
-        key: random key, or a seed for one, for the first mask.
+        sparsity: fraction of the weights that is not perturbed; with 0, this is SAM.
+        drop_rate: fraction of the perturbed weights to drop at each change of the mask.
+        update_every: number of steps from one change of the mask to the next.
+        key: random key or integer seed for the first mask.
         perturbation: replaces the ball of radius ``rho``.
 
     Returns:
-        The transformation, as :func:`sharpness_aware`.
+        A transformation, called as described in :func:`sharpness_aware`.
 
     Raises:
-        TypeError, ValueError: as :func:`sharpness_aware` and :func:`dynamic_mask`; if both ``rho``
-            and ``perturbation`` are given.
+        TypeError, ValueError: as :func:`sharpness_aware` and :func:`dynamic_mask`; also if both
+            ``rho`` and ``perturbation`` are given.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -168,10 +173,10 @@ def sparse_sam_dynamic(
 
 
 def _uniform(key: jax.Array, like: optax.Params) -> optax.Params:
-    """A tree of random numbers in [0, 1)."""
+    """Returns a tree of random numbers in [0, 1)."""
     leaves, structure = jax.tree.flatten(like)
     keys = jax.random.split(key, max(len(leaves), 1))
-    # Added to zeros, to lie where the parameters do.
+    # The sum with zeros has the sharding of the parameters.
     draws = [
         jnp.zeros_like(p, dtype=jnp.float32) + jax.random.uniform(k, p.shape, jnp.float32)
         for k, p in zip(keys, leaves, strict=False)
@@ -182,7 +187,7 @@ def _uniform(key: jax.Array, like: optax.Params) -> optax.Params:
 def _moved(
     mask: optax.Params, drop: optax.Params, growth: optax.Params, sparsity: Any, rate: Any
 ) -> optax.Params:
-    """The mask after dropping the `rate` share of it, and growing as many others."""
+    """Returns the mask with its `rate` fraction dropped, and the same number of weights grown."""
     n = size_of(mask)
     alive = n - n * sparsity
     dropped = jnp.minimum(alive * jnp.asarray(rate, jnp.result_type(float)), n * sparsity)
@@ -195,7 +200,10 @@ def _moved(
 
 
 def _where(mask: optax.Params, scores: optax.Params) -> optax.Params:
-    """The scores where `mask` holds, zero elsewhere; a score of zero still comes before those."""
+    """Returns positive scores where `mask` is True, and 0 elsewhere.
+
+    A score of 0 is raised, so that it still ranks above the weights outside the mask.
+    """
     smallest = float(jnp.finfo(jnp.float32).tiny)
     return jax.tree.map(
         lambda m, s: jnp.where(m, jnp.maximum(jnp.abs(s), smallest), 0), mask, scores

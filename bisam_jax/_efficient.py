@@ -1,4 +1,4 @@
-"""Efficient SAM: perturb a random part of the weights, descend on the examples it hurts most."""
+"""Efficient SAM: perturb random weights, and descend on the examples whose loss rises most."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,32 +28,38 @@ def efficient_sam(
     r"""Efficient SAM: a random part of the weights, and the examples whose loss rises most.
 
     The perturbation is :math:`\epsilon = m \rho\, a / (\beta \lVert a \rVert)` with the ascent
-    gradient :math:`a` and a random mask :math:`m` (:func:`random_subset`). Of a batch of
-    :math:`B`, the :math:`\lfloor \gamma B \rfloor` examples with the largest rise
-    :math:`\ell_i(w + \epsilon) - \ell_i(w)` are chosen; the result is the gradient of their mean
+    gradient :math:`a` and a random mask :math:`m` (:func:`random_subset`). From a batch of
+    :math:`B` examples, the :math:`\lfloor \gamma B \rfloor` (``gamma``) with the largest rise
+    :math:`\ell_i(w + \epsilon) - \ell_i(w)` are chosen. The result is the gradient of their mean
     loss at :math:`w + \epsilon`.
 
     Args:
         rho: radius of the ball: a scalar, possibly traced, or a schedule.
         beta: probability that a weight is perturbed, a scalar in (0, 1], possibly traced.
-        gamma: share of the examples to descend on, in (0, 1]; with 1, all, and nothing is chosen.
-            It shapes the program, so it cannot be traced.
-        key: random key, or a seed for one, for the weights.
+        gamma: fraction of the examples to descend on, in (0, 1]. With 1, all are used and no
+            choice is made. It sets array shapes, so it cannot be traced.
+        key: random key or integer seed for the choice of the weights.
         perturbation: replaces the ball of radius ``rho``, before the random mask.
 
     Returns:
-        A transformation whose ``update`` takes what that of :func:`sharpness_aware` takes, and
-        needs ``example_losses_fn``: a function of parameters and ``indices``, an int32 array of
-        examples or None for all of the batch, that returns the losses of those examples,
-        floating[examples]; :math:`L` is their mean, so ``loss_fn`` and ``grad_fn`` can be left
-        out. ``example_losses``, those of the whole batch at the parameters, saves a forward pass
-        if the clean pass has them. ``subset`` as in :func:`random_subset`.
-        :func:`bisam_jax.value_and_grad` makes both from a ``loss_fn`` with losses per example.
+        A transformation whose ``update`` takes the arguments listed in :func:`sharpness_aware`, and
+        these extra args:
+
+        * ``example_losses_fn`` is required. It is a function of parameters and ``indices``, an
+          int32 array of examples, or None for the whole batch. It returns the losses of those
+          examples, floating[examples]. :math:`L` is their mean, so ``loss_fn`` and ``grad_fn`` can
+          be left out.
+        * ``example_losses`` is optional: the losses of the whole batch at ``params``. If the clean
+          pass has computed them, this saves a forward pass.
+        * ``subset`` is optional: see :func:`random_subset`.
+
+        :func:`bisam_jax.value_and_grad` makes the first two from a ``loss_fn`` that returns one
+        loss per example.
 
     Raises:
-        TypeError, ValueError: as :func:`sharpness_aware`, and if ``beta`` or ``gamma`` is not in
-            (0, 1], ``gamma`` is traced, ``example_losses_fn`` is missing or its result has not one
-            axis, ``gamma`` leaves no example, or both ``rho`` and ``perturbation`` are given.
+        TypeError, ValueError: as :func:`sharpness_aware`; also if ``beta`` or ``gamma`` is not in
+            (0, 1], ``gamma`` is traced or leaves no example, ``example_losses_fn`` is missing or
+            its result does not have one axis, or both ``rho`` and ``perturbation`` are given.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -70,10 +76,10 @@ def efficient_sam(
         Du et al., `Efficient Sharpness-aware Minimization for Improved Training of Neural
         Networks <https://arxiv.org/abs/2110.03141>`_, 2022
 
-    .. note:: One gradient, one forward pass and ``gamma`` of a gradient per step; shapes are
-        static. State: one key. Agrees to 1e-8 in float64 with the authors' code, which adds 1e-7
-        to the norm, keeps one example less (those strictly above the last one chosen), and draws
-        whole arrays instead of weights.
+    .. note:: One gradient, one forward pass, and one gradient on the ``gamma`` fraction of the
+        examples per step; shapes are static. State: one key. Agrees to 1e-8 in float64 with the
+        authors' code. That code adds 1e-7 to the norm, keeps one example fewer (only those strictly
+        above the last one chosen here), and draws whole arrays instead of single weights.
     """
     check_static("gamma", gamma)
     check_scalar("gamma", gamma, minimum=0.0, maximum=1.0, exclusive=True)
@@ -94,12 +100,12 @@ def efficient_sam(
     ) -> tuple[optax.Updates, Any]:
         check_params(params)
         if loss_fn is not None and grad_fn is not None:
-            raise ValueError("loss_fn and grad_fn were both given, at most one is needed.")
+            raise ValueError("loss_fn and grad_fn were both given: remove one of them.")
         if example_losses_fn is None:
             raise MissingArgumentError(
-                "example_losses_fn is missing, and efficient_sam looks at single examples",
-                "call update(grads, state, params, example_losses_fn=lambda params, indices: "
-                "losses of these examples, of all if indices is None)",
+                "example_losses_fn is missing, and efficient_sam needs one loss per example",
+                "call update(..., params, example_losses_fn=fn), where fn(params, indices) returns "
+                "the losses of these examples, or of all examples if indices is None",
                 "return one loss per example from loss_fn, not their mean, or pass "
                 "example_losses_fn to the step",
             )
@@ -117,7 +123,7 @@ def efficient_sam(
             return mean_gradient(point, _worst(losses(point), before, gamma))
 
         if updates is None and not gives_q(extra_args):
-            # The loss to ascend is that of all examples, not of those chosen for the descent.
+            # The ascent uses the loss of all examples, not only of those chosen for the descent.
             extra_args["perturbation_grads"] = mean_gradient(params)
         return step.update(updates, state, params, grad_fn=gradient_of_the_worst, **extra_args)
 
@@ -134,24 +140,25 @@ def _checked(losses: jax.Array) -> jax.Array:
 
 
 def _worst(losses: jax.Array, before: jax.Array, gamma: float) -> jax.Array:
-    """The indices of the examples whose loss rises most."""
+    """Returns the indices of the examples whose loss rises most."""
     if losses.shape != before.shape:
         raise ValueError(
-            f"example_losses must be those of the whole batch, float[{losses.size}], got "
-            f"float[{before.size}]."
+            f"example_losses must have one loss per example of the whole batch, "
+            f"float[{losses.size}], got float[{before.size}]."
         )
     rise = losses - before
-    # On a mesh with explicit axes, JAX looks for the largest only along axes that lie whole.
+    # On a mesh with explicit axes, top_k works only along an axis that is not sharded.
     if jax.typeof(rise).sharding.mesh.are_all_axes_explicit:
         rise = jax.sharding.reshard(rise, jax.sharding.PartitionSpec())
     return jax.lax.top_k(rise, _number_chosen(gamma, rise.size))[1]
 
 
 def _number_chosen(gamma: float, examples: int) -> int:
-    # A product of 6.999999 is meant as 7.
+    # Rounding can turn a product of 7 into 6.999999.
     number = int(examples * gamma + 1e-6)
     if number < 1:
         raise ValueError(
-            f"gamma leaves no example to descend on, got gamma={gamma} for {examples} examples."
+            f"gamma leaves no example to descend on, got gamma={gamma} for {examples} examples: "
+            "use a larger gamma."
         )
     return number

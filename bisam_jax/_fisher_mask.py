@@ -1,4 +1,4 @@
-"""Sparse SAM with a Fisher mask: perturb the weights that the loss is most curved in."""
+"""Sparse SAM with a Fisher mask: perturb the weights with the largest Fisher information."""
 
 import functools
 import math
@@ -42,17 +42,19 @@ def fisher_scores(
     *,
     microbatch_size: int = 1,
 ) -> optax.Params:
-    """The diagonal of the empirical Fisher information: squared gradients, summed over examples.
+    """Returns the diagonal of the empirical Fisher: squared gradients, summed over examples.
 
     Args:
-        loss_fn: ``loss_fn(params, example)`` for a batch of one example, the first axis kept.
+        loss_fn: ``loss_fn(params, example)`` returns the scalar loss of a batch of one example; the
+            first axis is kept.
         params: where the gradients are taken.
         examples: a tree of arrays with the examples along their first axis.
-        microbatch_size: how many gradients are held at a time; divides the number of examples.
+        microbatch_size: number of gradients in memory at a time. It must divide the number of
+            examples.
 
     Returns:
-        A tree of the parameters' structure, in float32 at least; None where a parameter is not
-        floating.
+        A tree with the structure of the parameters, in float32 or wider; None where a parameter is
+        not floating.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -64,10 +66,11 @@ def fisher_scores(
         Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach
         <https://arxiv.org/abs/2210.05177>`_, 2022
 
-    .. note:: One gradient per example. :func:`bisam_jax.value_and_grad` makes the scores of the
-        whole batch on several devices; in a :func:`jax.shard_map` of your own with varying-axis
-        checks, JAX sums gradients of replicated parameters before they are squared. Under
-        :func:`jax.jit` with a sharded batch, every device computes the scores of all examples.
+    .. note:: One gradient per example. On several devices, :func:`bisam_jax.value_and_grad` makes
+        the scores of the whole batch. In your own :func:`jax.shard_map` with varying-axis checks,
+        the scores are wrong: JAX sums gradients of replicated parameters before they are squared.
+        Under :func:`jax.jit` with a sharded batch, every device computes the scores of all
+        examples.
     """
 
     def loss_of_one(floats: Any, example: Any) -> jax.Array:
@@ -84,25 +87,25 @@ def fisher_scores(
 def fisher_mask(
     sparsity: float = 0.5, update_every: int = 1
 ) -> optax.GradientTransformationExtraArgs:
-    """Keeps a perturbation on the weights of largest Fisher information, and zeroes it elsewhere.
+    """Keeps a perturbation on the weights with the largest Fisher information; elsewhere it is 0.
 
     Args:
-        sparsity: share of the weights, over all leaves together, that are not perturbed.
-        update_every: the mask is made anew before perturbation number 0, ``update_every``, and so
-            on.
+        sparsity: fraction of the weights, over all leaves together, that is not perturbed.
+        update_every: number of perturbations from one mask to the next. A new mask is made before
+            perturbation 0, ``update_every``, and so on.
 
     Returns:
-        A transformation to chain after a ball. Its ``update`` needs the parameters and the extra
-        arg ``fisher_scores_fn``, from the parameters' floating part (None in place of other leaves)
-        to non-negative scores of that structure, such as
-        ``lambda params: fisher_scores(loss_fn, params, examples)``; it is evaluated only when the
-        mask is made. :func:`bisam_jax.value_and_grad` makes it from a ``loss_fn`` with losses per
+        A transformation to chain after a ball. Its ``update`` needs ``params`` and the extra arg
+        ``fisher_scores_fn``, such as ``lambda params: fisher_scores(loss_fn, params, examples)``.
+        This function maps the parameters' floating part (None in place of other leaves) to
+        non-negative scores with that structure. It is evaluated only when a mask is made.
+        :func:`bisam_jax.value_and_grad` makes it from a ``loss_fn`` that returns one loss per
         example.
 
     Raises:
-        TypeError, ValueError: if ``sparsity`` is not in [0, 1] or ``update_every`` no positive
-            integer; in ``update``, without ``fisher_scores_fn``, or if its result or the mask in
-            the state does not match.
+        TypeError, ValueError: if ``sparsity`` is not in [0, 1] or ``update_every`` is not a
+            positive integer; in ``update``, if ``params`` or ``fisher_scores_fn`` is missing, or if
+            the scores or the mask in the state do not match ``params``.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -118,8 +121,9 @@ def fisher_mask(
         <https://arxiv.org/abs/2210.05177>`_, 2022
 
     .. note:: State: one boolean per weight, and a counter. The authors' code starts with an empty
-        mask, makes the first after one step, and adds that step's descent gradient to the first
-        example's before squaring, since it is not cleared: here scores are clean.
+        mask, and makes the first mask after one step. It does not clear the descent gradient of
+        that step, so this gradient is added to the first example's before squaring. Here, the
+        scores come only from the examples.
     """
     check_scalar("sparsity", sparsity, minimum=0.0, maximum=1.0)
     check_count("update_every", update_every)
@@ -140,7 +144,7 @@ def fisher_mask(
         if params is None or fisher_scores_fn is None:
             missing = "params" if params is None else "fisher_scores_fn"
             raise MissingArgumentError(
-                f"{missing} is missing, and fisher_mask looks at single examples",
+                f"{missing} is missing, and fisher_mask needs it to score the weights",
                 "call update(..., params, fisher_scores_fn=lambda params: "
                 "bisam_jax.fisher_scores(loss_fn, params, examples))",
                 "return one loss per example from loss_fn, not their mean, or pass "
@@ -150,9 +154,9 @@ def fisher_mask(
 
         def renewed() -> optax.Params:
             scores = float_part(fisher_scores_fn(params))
-            check_same_structure("what fisher_scores_fn returned", scores, updates)
+            check_same_structure("the output of fisher_scores_fn", scores, updates)
             new = top_k_mask(scores, number_of(math.floor, size_of(scores), 1 - sparsity))
-            # A choice, so that the result varies over devices where the mask in the state does.
+            # jnp.where makes the result vary over devices where the mask in the state does.
             return jax.tree.map(functools.partial(jnp.where, due), new, state.fisher_mask)
 
         due = state.fisher_count % update_every == 0
@@ -174,16 +178,17 @@ def sparse_sam_fisher(
 
     Args:
         rho: radius of the ball before masking: a scalar, possibly traced, or a schedule.
-        sparsity: share of the weights that are not perturbed; with 0, this is SAM.
-        update_every: number of steps between masks.
+        sparsity: fraction of the weights that is not perturbed; with 0, this is SAM.
+        update_every: number of steps from one mask to the next.
         perturbation: replaces the ball of radius ``rho``.
 
     Returns:
-        The transformation, as :func:`sharpness_aware`; its ``update`` needs ``fisher_scores_fn``.
+        A transformation, called as described in :func:`sharpness_aware`. Its ``update`` also
+        needs ``fisher_scores_fn``; see :func:`fisher_mask`.
 
     Raises:
-        TypeError, ValueError: as :func:`sharpness_aware` and :func:`fisher_mask`; if both ``rho``
-            and ``perturbation`` are given.
+        TypeError, ValueError: as :func:`sharpness_aware` and :func:`fisher_mask`; also if both
+            ``rho`` and ``perturbation`` are given.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -201,9 +206,9 @@ def sparse_sam_fisher(
         Mi et al., `Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach
         <https://arxiv.org/abs/2210.05177>`_, 2022
 
-    .. note:: Two gradients per step, and one per example when the mask is made; state: one boolean
-        per weight, and a counter. Agrees to 1e-8 in float64 with the authors' code, which adds
-        1e-7 to the norm, when given its scores.
+    .. note:: Two gradients per step, and one per example when a mask is made; state: one boolean
+        per weight, and a counter. Given the scores of the authors' code, agrees with that code to
+        1e-8 in float64; the authors add 1e-7 to the norm.
     """
     ball = l2_ball_unless(perturbation, rho)
     return sharpness_aware(optax.chain(ball, fisher_mask(sparsity, update_every)))

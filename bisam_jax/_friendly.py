@@ -1,4 +1,4 @@
-"""Friendly SAM: perturb along the batch's own part of the gradient."""
+"""Friendly SAM: perturb along the part of the gradient that is specific to the batch."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ class FriendlyState(NamedTuple):
 
     Attributes:
         friendly_count: int32 scalar, the number of gradients seen.
-        mean_gradient: their running mean, of the gradients' structure and dtypes.
+        mean_gradient: running mean of the gradients, with their structure and dtypes.
     """
 
     friendly_count: jax.Array
@@ -26,26 +26,26 @@ class FriendlyState(NamedTuple):
 def friendly(
     sigma: jax.typing.ArrayLike = 1.0, decay: jax.typing.ArrayLike = 0.9
 ) -> optax.GradientTransformationExtraArgs:
-    r"""A perturbation filter: the gradient less its running mean.
+    r"""Filters the ascent gradient: subtracts its running mean.
 
     With :math:`a_t` the incoming gradient and :math:`m_t` its running mean, returns
 
     .. math:: d_t = a_t - \sigma m_{t-1}, \qquad m_t = \lambda m_{t-1} + (1 - \lambda) a_t,
 
     where :math:`m_0 = a_0` and :math:`d_0 = a_0`, :math:`\sigma` is ``sigma`` and :math:`\lambda`
-    is ``decay``. The running mean estimates the full gradient; what remains is the batch's own.
+    is ``decay``. The running mean estimates the full gradient; the rest is specific to the batch.
 
     Args:
-        sigma: how much of the running mean is taken away, a scalar >= 0, possibly traced.
-        decay: of the running mean, a scalar in [0, 1], possibly traced.
+        sigma: multiple of the running mean to subtract, a scalar >= 0, possibly traced.
+        decay: decay of the running mean, a scalar in [0, 1], possibly traced.
 
     Returns:
         A transformation to chain before a ball:
         ``sharpness_aware(optax.chain(friendly(), l2_ball(rho)))``.
 
     Raises:
-        TypeError: if ``sigma`` or ``decay`` is no real number.
-        ValueError: if a concrete one is out of its range.
+        TypeError: if ``sigma`` or ``decay`` is not a real number.
+        ValueError: if a concrete ``sigma`` or ``decay`` is out of range.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -59,7 +59,7 @@ def friendly(
     References:
         Li et al., `Friendly Sharpness-Aware Minimization <https://arxiv.org/abs/2403.12350>`_, 2024
 
-    .. note:: No gradients of its own; state: one running mean, the size of the parameters.
+    .. note:: Computes no gradients; state: one running mean, the size of the parameters.
     """
     check_scalar("sigma", sigma, minimum=0.0)
     check_scalar("decay", decay, minimum=0.0, maximum=1.0)
@@ -97,17 +97,17 @@ def friendly_sam(
 
     Args:
         rho: radius of the ball: a scalar, possibly traced, or a schedule.
-        sigma: how much of the running mean is taken away; with 0, this is SAM.
-        decay: of the running mean.
+        sigma: multiple of the running mean to subtract; with 0, this is SAM.
+        decay: decay of the running mean.
         perturbation: replaces the ball of radius ``rho``.
 
     Returns:
-        The transformation, as :func:`sharpness_aware`. It takes the running mean of what is
-        ascended.
+        A transformation, called as described in :func:`sharpness_aware`. The running mean
+        is that of the ascent gradient.
 
     Raises:
-        TypeError, ValueError: as :func:`sharpness_aware` and :func:`friendly`; if both ``rho`` and
-            ``perturbation`` are given.
+        TypeError, ValueError: as :func:`sharpness_aware` and :func:`friendly`; also if both
+            ``rho`` and ``perturbation`` are given.
 
     Examples:
         >>> import jax.numpy as jnp

@@ -14,11 +14,11 @@ from bisam_jax._sharpness_aware import sharpness_aware
 
 
 class FrozenLogits(NamedTuple):
-    """The gradient of a loss, where the slope of the loss at some parameters' logits is kept.
+    """Gradients of a loss whose slope at the logits is frozen at some parameters.
 
     Attributes:
-        clean_gradient: of no arguments, returns the plain gradient at those parameters.
-        gradient_fn: from other parameters to their Jacobian's product with that slope.
+        clean_gradient: takes no arguments, returns the plain gradient at those parameters.
+        gradient_fn: maps other parameters to the product of their Jacobian and that slope.
     """
 
     clean_gradient: Callable[[], optax.Updates]
@@ -26,13 +26,13 @@ class FrozenLogits(NamedTuple):
 
 
 class LogitsLoss:
-    """A loss function that knows its two halves; made by :func:`logits_loss`."""
+    """A loss function that is split at the logits; made by :func:`logits_loss`."""
 
     def __init__(self, logits_fn: Callable[..., Any], loss: Callable[..., Any]) -> None:
         self.logits_fn, self.loss = logits_fn, loss
 
     def __call__(self, params: Any, *batch: Any, **named: Any) -> Any:
-        """The loss; with aux if `logits_fn` returns some."""
+        """Returns the loss, or (loss, aux) if `logits_fn` returns aux."""
         out = self.logits_fn(params, *batch, **named)
         if isinstance(out, tuple):
             logits, aux = out
@@ -40,30 +40,31 @@ class LogitsLoss:
         return self.loss(out, *batch, **named)
 
     def logits(self, params: Any, *batch: Any) -> Any:
-        """The logits only."""
+        """Returns only the logits."""
         out = self.logits_fn(params, *batch)
         return out[0] if isinstance(out, tuple) else out
 
     def frozen_at(self, params: Any) -> FrozenLogits:
-        """See :class:`FrozenLogits`; for a loss of the parameters only."""
+        """Returns :class:`FrozenLogits` for a loss that takes only parameters."""
         logits, pullback = _pullback(self.logits, params)
         slope = gradient_of("loss", self.loss)(logits)
 
         def gradient_fn(point: Any) -> Any:
             perturbed, pullback = _pullback(self.logits, point)
-            # Wider, where the parameters are narrow.
+            # Perturbed parameters are in float32 or wider, so these logits may be wider too.
             return pullback(slope.astype(perturbed.dtype))
 
         return FrozenLogits(lambda: pullback(slope), gradient_fn)
 
     def linear_at(self, params: Any) -> "Callable[[Any, Any], jax.Array]":
-        """A loss of a batch with the gradient of :class:`FrozenLogits`.
+        """Returns a loss of parameters and a batch, with the gradient of :class:`FrozenLogits`.
 
         Args:
             params: where the slope of the loss is taken.
 
         Returns:
-            From parameters and a batch to the inner product of their logits and that slope.
+            A function that maps parameters and a batch to the inner product of their logits and
+            that slope.
         """
 
         def linear(point: Any, batch: Any) -> jax.Array:
@@ -76,20 +77,20 @@ class LogitsLoss:
 
 
 def logits_loss(logits_fn: Callable[..., Any], loss: Callable[..., Any]) -> LogitsLoss:
-    """A loss function that knows its logits, for :func:`functional_sam`.
+    """Makes a loss function that is split at the logits, for :func:`functional_sam`.
 
-    For every other method it is the plain function ``loss(logits_fn(params))``, so that a program
-    switches between them by the method's name.
+    For every other method it is the plain function ``loss(logits_fn(params))``, so a program can
+    switch methods without another loss function.
 
     Args:
-        logits_fn: from parameters to logits, floating[...]; for :func:`bisam_jax.value_and_grad`
-            from parameters and a batch. It may return ``(logits, aux)``.
-        loss: from logits to a scalar; for :func:`bisam_jax.value_and_grad` from logits and a batch
-            to a scalar mean, or to one loss per example.
+        logits_fn: maps parameters to logits, floating[...]. For :func:`bisam_jax.value_and_grad`,
+            it maps parameters and a batch. It may return ``(logits, aux)``.
+        loss: maps logits to a scalar. For :func:`bisam_jax.value_and_grad`, it maps logits and a
+            batch to a scalar mean, or to one loss per example.
 
     Returns:
-        A function with the arguments of ``logits_fn`` that returns what ``loss`` returns, or a
-        pair of it and aux.
+        A function with the arguments of ``logits_fn``. It returns what ``loss`` returns, or a pair
+        of that and aux.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -111,24 +112,24 @@ def functional_sam(
     With :math:`z(w)` the logits, :math:`L = h(z(w))` and :math:`\epsilon = \rho\, a / \lVert a
     \rVert`, where :math:`a` is the ascent gradient, returns
 
-    .. math:: J_{w + \epsilon}^\top \nabla h(z(w)), \qquad J_w = \partial z / \partial w:
+    .. math:: J_{w + \epsilon}^\top \nabla h(z(w)), \qquad J_w = \partial z / \partial w.
 
-    the Jacobian at the perturbed point, applied to the slope of the loss at the clean logits. SAM
-    takes both at the perturbed point, and can lower the loss's own curvature by growing the
-    logits.
+    This is the Jacobian at the perturbed point, applied to the slope of the loss at the clean
+    logits. SAM takes both at the perturbed point, so it can also lower the curvature of the loss by
+    making the logits larger.
 
     Args:
         rho: radius of the ball: a scalar, possibly traced, or a schedule.
         perturbation: replaces the ball of radius ``rho``.
 
     Returns:
-        A transformation whose ``update`` takes what that of :func:`sharpness_aware` takes, except
-        ``grad_fn``: ``loss_fn`` must be made by :func:`logits_loss`, since the loss has to be cut
-        at the logits.
+        A transformation whose ``update`` takes the arguments listed in :func:`sharpness_aware`,
+        except ``grad_fn``. ``loss_fn`` must be made by :func:`logits_loss`, since the loss has to
+        be split at the logits.
 
     Raises:
-        TypeError, ValueError: as :func:`sharpness_aware`; if ``loss_fn`` does not know its logits;
-            if both ``rho`` and ``perturbation`` are given.
+        TypeError, ValueError: as :func:`sharpness_aware`; also if ``loss_fn`` is not split at the
+            logits, or both ``rho`` and ``perturbation`` are given.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -145,7 +146,7 @@ def functional_sam(
         <https://arxiv.org/abs/2502.02407>`_, 2025
 
     .. note:: Two gradients per step; no state. With a perturbation loss or with ``grads``, one
-        forward pass more, for the clean logits, unless the compiler merges it with yours.
+        more forward pass for the clean logits, unless the compiler merges it with yours.
     """
     step = sharpness_aware(l2_ball_unless(perturbation, rho))
 
@@ -162,7 +163,7 @@ def functional_sam(
         frozen_at = getattr(loss_fn, "frozen_at", None)
         if frozen_at is None or grad_fn is not None:
             raise MissingArgumentError(
-                "functional_sam cuts the loss at the logits, and loss_fn does not know them",
+                "functional_sam needs a loss_fn that is split at the logits, and no grad_fn",
                 "pass loss_fn=bisam_jax.logits_loss(logits_fn, loss)",
                 "pass bisam_jax.logits_loss(logits_fn, loss) for loss_fn",
             )
@@ -175,6 +176,6 @@ def functional_sam(
 
 
 def _pullback(fn: Callable[[Any], Any], params: Any) -> tuple[Any, GradFn]:
-    """`fn(params)`, and from a cotangent of it to the gradient."""
+    """Returns `fn(params)`, and a function from its cotangent to the gradient."""
     value, pullback = jax.vjp(fn, params)
     return value, lambda cotangent: pullback(cotangent)[0]

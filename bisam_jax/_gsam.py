@@ -30,19 +30,19 @@ def gsam(
     which lowers the gap without raising the perturbed loss, to first order.
 
     Args:
-        rho: radius of the ball: a scalar, possibly traced, or a schedule. In the paper it follows
-            the learning rate, in proportion between two values.
+        rho: radius of the ball: a scalar, possibly traced, or a schedule. In the paper, it
+            changes linearly with the learning rate, between two values.
         alpha: weight of the orthogonal part, a scalar >= 0, possibly traced; with 0, this is SAM.
         perturbation: replaces the ball of radius ``rho``: ``adaptive_l2_ball(0.5)`` makes it
             adaptive GSAM.
 
     Returns:
-        A transformation whose ``update`` takes what that of :func:`sharpness_aware` takes.
+        A transformation whose ``update`` takes the arguments listed in :func:`sharpness_aware`.
         :math:`g` is ``grads``, or is computed if ``grads`` is None.
 
     Raises:
-        TypeError, ValueError: as :func:`sharpness_aware`; for an ``alpha`` that is no finite
-            scalar >= 0; if both ``rho`` and ``perturbation`` are given.
+        TypeError, ValueError: as :func:`sharpness_aware`; also if ``alpha`` is not a finite
+            scalar >= 0, or both ``rho`` and ``perturbation`` are given.
 
     Examples:
         >>> import jax.numpy as jnp

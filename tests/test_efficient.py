@@ -113,7 +113,7 @@ def test_efficient_through_value_and_grad(losses, given, bilevel):
 
 def test_gamma_cannot_be_traced():
     tx = optax.inject_hyperparams(efficient_sam)(rho=0.3)
-    with pytest.raises(TypeError, match=r"gamma shapes the program.*static_args='gamma'"):
+    with pytest.raises(TypeError, match=r"gamma sets array shapes.*static_args='gamma'"):
         jax.jit(lambda state: descent(tx, state, example_losses_fn=example_losses_fn))(tx.init(W))
 
 

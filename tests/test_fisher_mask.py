@@ -93,7 +93,7 @@ def test_masked_share_is_exact(sparsity):
         (
             lambda: descent(sparse_sam_fisher(), fisher_scores_fn=lambda w: w[:1]),
             ValueError,
-            "what fisher_scores_fn returned does not match params",
+            "the output of fisher_scores_fn does not match params",
         ),
         (
             lambda: fisher_mask().update(W, fisher_mask().init(W), fisher_scores_fn=lambda w: w),

@@ -189,7 +189,7 @@ def test_any_direction_can_be_ascended():
         ),
         (
             {"loss_fn": None, "grad_fn": lambda w: w[:1]},
-            r"what grad_fn returned does not match params: shape \(1,\) at the root",
+            r"the output of grad_fn does not match params: shape \(1,\) at the root",
         ),
     ],
 )

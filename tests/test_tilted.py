@@ -155,12 +155,12 @@ def test_bilevel_through_value_and_grad(sizes):
         (
             lambda: descent(tilted_sam(), loss_fn=None, grad_fn=gradient),
             ValueError,
-            "loss_fn is missing, and the method weighs gradients by losses",
+            "loss_fn is missing, and the method weights gradients by losses",
         ),
         (
             lambda: descent(tilted_sam(), perturbation_grads=C),
             ValueError,
-            "perturbation_grads holds at params, and the method ascends Q elsewhere",
+            "perturbation_grads is valid only at params, and the method ascends Q elsewhere",
         ),
     ],
 )
@@ -174,5 +174,5 @@ def test_one_ball():
 
 
 def test_num_samples_cannot_be_traced():
-    with pytest.raises(TypeError, match=r"num_samples shapes the program.*'num_samples'"):
+    with pytest.raises(TypeError, match=r"num_samples sets array shapes.*'num_samples'"):
         jax.jit(lambda number: tilted_sam(num_samples=number).init(W))(2)

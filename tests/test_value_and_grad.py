@@ -269,7 +269,7 @@ def by_group_with_optimizer():
         (
             {"group_size": 4, "batch": {**BATCH, "y": BATCH["y"][:8]}},
             ValueError,
-            "the arrays of batch must have one number of examples",
+            "the arrays of batch must have the same number of examples",
         ),
         (
             {
@@ -326,12 +326,12 @@ def by_group_with_optimizer():
         (
             {"tx": optax.apply_if_finite(BISAM, 3), "q": perturbation_loss_of_batch},
             ValueError,
-            "apply_if_finite can stand after the method",
+            "apply_if_finite can come after the method",
         ),
         (
             {"tx": optax.MultiSteps(SAM, 2).gradient_transformation()},
             ValueError,
-            "tx must hand extra arguments on",
+            "tx must pass extra arguments on",
         ),
         (
             {"group_size": 4, "extra": {"example_losses_fn": lambda p, i=None: p}},
@@ -347,7 +347,7 @@ def by_group_with_optimizer():
             ValueError,
             r"batch\['temperature'\] is a scalar",
         ),
-        (by_group_with_optimizer(), ValueError, "group_size needs a tx that is the method only"),
+        (by_group_with_optimizer(), ValueError, "group_size needs a tx that is only the method"),
         (
             {
                 "when": lambda step: step > 3,
@@ -355,7 +355,7 @@ def by_group_with_optimizer():
                 "tx": optax.chain(SAM, optax.sgd(1)),
             },
             ValueError,
-            "when needs a tx that is the method only, got a chain",
+            "when needs a tx that is only the method, got a chain",
         ),
         (
             {"tx": optax.chain(optax.sgd(0.1), SAM)},
@@ -376,7 +376,7 @@ def by_group_with_optimizer():
         (
             {"tx": efficient_sam(0.1)},
             ValueError,
-            "single examples, and loss_fn returns their mean: return one loss per example",
+            "one loss per example, and loss_fn returns their mean: return one loss per example",
         ),
         (
             {
