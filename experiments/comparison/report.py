@@ -57,7 +57,7 @@ def _section(section: Section, number: int, images: dict[str, str], folder: Path
     names = {row_name(row, rows): row for row in rows}
     chosen = {label: row.best for label, row in names.items()}
     parts = [f"## {task_in_words(comparison.task)}", _in_short(rows, baseline), _table(rows)]
-    swept = sorted({name for row in rows for name in row.swept})
+    swept = sorted({name for row in rows if row.best for name in row.swept})
     for name in swept:
         if edge := [label for label, row in names.items() if row.at_the_edge(name)]:
             parts.append(
@@ -74,7 +74,8 @@ def _section(section: Section, number: int, images: dict[str, str], folder: Path
             "value."
         )
     file = f"{number}-curves.svg"
-    if all(result.curve for best in chosen.values() if best for result in best.results):
+    shown = [result for best in chosen.values() if best for result in best.results]
+    if shown and all(result.curve for result in shown):
         images[file] = plots.curves(chosen)
     elif (folder / file).exists():  # curves.csv was not kept
         images[file] = (folder / file).read_text()

@@ -3,12 +3,12 @@
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
 
 FLOAT32_MAX = 3.4e38
 
 
-class Range(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Range:
     """Finite numbers from `minimum` to `maximum`; `above` and `below` exclude the limits."""
 
     minimum: float = -math.inf
@@ -16,13 +16,11 @@ class Range(NamedTuple):
     above: bool = False
     below: bool = False
 
-    def __contains__(self, value: object) -> bool:
+    def __contains__(self, value: float) -> bool:
         """Returns whether a number is in the range and finite in float32."""
-        if not (isinstance(value, int | float) and abs(value) < FLOAT32_MAX):
-            return False
         if value in (self.minimum, self.maximum):
             return not (self.above if value == self.minimum else self.below)
-        return self.minimum < value < self.maximum
+        return self.minimum < value < self.maximum and abs(value) < FLOAT32_MAX
 
     def __str__(self) -> str:
         """Says the limits in words."""
