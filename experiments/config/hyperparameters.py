@@ -18,9 +18,9 @@ class Range:
 
     def __contains__(self, value: float) -> bool:
         """Returns whether a number is in the range and finite in float32."""
-        if value in (self.minimum, self.maximum):
-            return not (self.above if value == self.minimum else self.below)
-        return self.minimum < value < self.maximum and abs(value) < FLOAT32_MAX
+        high_enough = value > self.minimum if self.above else value >= self.minimum
+        low_enough = value < self.maximum if self.below else value <= self.maximum
+        return high_enough and low_enough and abs(value) < FLOAT32_MAX
 
     def __str__(self) -> str:
         """Says the limits in words."""
