@@ -1,7 +1,6 @@
-"""Data sets that TFDS has prepared, in memory."""
+"""Data sets prepared by TFDS, in memory."""
 
 import socket
-import time
 
 import numpy as np
 import pytest
@@ -18,7 +17,7 @@ LABEL = tfds.features.ClassLabel(num_classes=2)
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A data set's folder, images and labels."""
+    """The folder, the images and the labels of a data set."""
     folder = tmp_path_factory.mktemp("data")
     return folder, tiny_dataset.write(folder)
 
@@ -32,13 +31,17 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+def load(name, folder=None, **options):
+    return data.load(data.Source(name, data_dir=folder, **options))
+
+
 def by_image(split, labels):
     return {image.tobytes(): int(label) for image, label in zip(split, labels, strict=True)}
 
 
 def test_pixels_labels_and_split(written):
     folder, original = written
-    dataset = data.load("tiny", data_dir=folder)
+    dataset = load("tiny", folder)
     assert (dataset.classes, dataset.image_shape, dataset.name) == (4, (12, 12, 3), "tiny")
     for split, size in zip(dataset[:3], (54, 6, 20), strict=True):
         assert split.images.shape == (size, 12, 12, 3)
@@ -53,7 +56,7 @@ def test_pixels_labels_and_split(written):
 
 
 def test_the_statistics_are_those_of_the_training_images(written):
-    dataset = data.load("tiny", data_dir=written[0])
+    dataset = load("tiny", written[0])
     pixels = dataset.train.images.reshape(-1, 3).astype(np.float64)
     assert dataset.mean.dtype == dataset.std.dtype == np.float32
     np.testing.assert_allclose(dataset.mean, pixels.mean(0), rtol=1e-6)
@@ -62,7 +65,7 @@ def test_the_statistics_are_those_of_the_training_images(written):
 
 def test_known_statistics_and_one_channel(tmp_path):
     original = tiny_dataset.write(tmp_path, "fashion_mnist", channels=1)
-    dataset = data.load("fashion_mnist", data_dir=tmp_path)
+    dataset = load("fashion_mnist", tmp_path)
     np.testing.assert_array_equal(dataset.test.images, original["test"][0])
     np.testing.assert_allclose(dataset.mean, [255 * 0.2860], rtol=1e-6)
     np.testing.assert_allclose(dataset.std, [255 * 0.3530], rtol=1e-6)
@@ -72,33 +75,33 @@ def test_images_without_contrast_can_be_normalised(tmp_path):
     examples = [{"image": PICTURE, "label": 0}] * 10
     features = {"image": IMAGE, "label": LABEL}
     tiny_dataset.build(tmp_path, "black", features, {"train": examples, "test": examples})
-    dataset = data.load("black", data_dir=tmp_path)
+    dataset = load("black", tmp_path)
     assert (*dataset.mean, *dataset.std) == (0, 0, 0, 1, 1, 1)
 
 
 def test_a_smaller_subset_is_part_of_a_larger_one_and_nothing_else_is_decoded(written, monkeypatch):
-    def load(count):
-        return data.load("tiny", data_dir=written[0], train_examples=count)
+    def first(count):
+        return load("tiny", written[0], train_examples=count)
 
-    complete = load(None)
+    complete = first(None)
     decoded = []
     decode = image_files.decode
     monkeypatch.setattr(image_files, "decode", lambda *args: decoded.append(1) or decode(*args))
     for count in (30, 7):
         decoded.clear()
-        subset = load(count)
+        subset = first(count)
         np.testing.assert_array_equal(subset.train.images, complete.train.images[:count])
         np.testing.assert_array_equal(subset.validation.images, complete.validation.images)
         assert len(decoded) == count + 6 + 20
     for count in (0, -1, 55):
         with pytest.raises(data.DatasetError, match=f"at least 1 and at most 54, got {count}"):
-            load(count)
+            first(count)
 
 
 @pytest.mark.parametrize("share", [0.2, 1.0])
 def test_label_noise_is_exact_and_spares_the_test_labels(written, share):
     clean, noisy, again, other = (
-        data.load("tiny", data_dir=written[0], label_noise=noise, seed=seed)
+        load("tiny", written[0], label_noise=noise, seed=seed)
         for noise, seed in ((0.0, 0), (share, 0), (share, 0), (share, 1))
     )
     for name in ("train", "validation"):
@@ -114,36 +117,34 @@ def test_the_newest_version_unless_another_is_asked_for(tmp_path):
     for train, version in ((10, "1.9.0"), (20, "1.10.0"), (30, "1.2.0")):
         tiny_dataset.write(tmp_path, train=train, version=version)
     (tmp_path / "tiny" / "2.0.0").mkdir()
-    assert len(data.load("tiny", data_dir=tmp_path).train.labels) == 18
-    assert len(data.load("tiny:1.2.0", data_dir=tmp_path).train.labels) == 27
+    assert load("tiny", tmp_path).train.examples == 18
+    assert load("tiny:1.2.0", tmp_path).train.examples == 27
     with pytest.raises(data.DatasetError, match=r"there is no tiny:1\.0\.0 in"):
-        data.load("tiny:1.0.0", data_dir=tmp_path)
+        load("tiny:1.0.0", tmp_path)
 
 
 def test_configurations(tmp_path):
     tiny_dataset.write(tmp_path, train=10, config="small")
-    assert len(data.load("tiny", data_dir=tmp_path).train.labels) == 9
+    assert load("tiny", tmp_path).train.examples == 9
     tiny_dataset.write(tmp_path, train=20, config="large-v2")
-    assert len(data.load("tiny/large-v2", data_dir=tmp_path).train.labels) == 18
-    assert len(data.load("tiny/small:1.0.0", data_dir=tmp_path).train.labels) == 9
+    assert load("tiny/large-v2", tmp_path).train.examples == 18
+    assert load("tiny/small:1.0.0", tmp_path).train.examples == 9
     with pytest.raises(data.DatasetError, match=r"name one: tiny/large-v2, tiny/small$"):
-        data.load("tiny", data_dir=tmp_path)
+        load("tiny", tmp_path)
 
 
 def test_where_tfds_puts_its_data(written, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(written[0]))
-    assert data.load("tiny").classes == 4
+    assert load("tiny").classes == 4
     monkeypatch.delenv("TFDS_DATA_DIR")
     with pytest.raises(data.DatasetError, match="/tensorflow_datasets: prepare it"):
-        data.load("there_is_none_of_that_name")
+        load("there_is_none_of_that_name")
 
 
 @pytest.mark.parametrize("name", ["cifar10", "imagenette/full-size-v2", "mnist:3.0.1"])
-def test_a_missing_data_set_is_said_at_once_and_how_to_prepare_it(name, tmp_path):
-    start = time.perf_counter()
+def test_the_message_about_a_missing_data_set_says_how_to_prepare_it(name, tmp_path):
     with pytest.raises(data.DatasetError) as error:
-        data.load(name, data_dir=tmp_path)
-    assert time.perf_counter() - start < 5
+        load(name, tmp_path)
     message = str(error.value)
     assert message.startswith(f"there is no {name} in {tmp_path}")
     assert "pip install tensorflow tensorflow-datasets" in message
@@ -154,15 +155,15 @@ def test_a_missing_data_set_is_said_at_once_and_how_to_prepare_it(name, tmp_path
 
 
 @pytest.mark.parametrize("name", ["", "../tiny", "/tmp", "tiny/..", "tiny:1", "a b", "CIFAR10"])
-def test_what_names_no_data_set(name, tmp_path):
+def test_names_of_no_data_set(name, tmp_path):
     with pytest.raises(data.DatasetError, match="names no data set"):
-        data.load(name, data_dir=tmp_path)
+        load(name, tmp_path)
 
 
 def test_another_file_format(tmp_path):
     tiny_dataset.write(tmp_path, file_format="parquet")
     with pytest.raises(data.DatasetError, match="parquet, not array_record") as error:
-        data.load("tiny", data_dir=tmp_path)
+        load("tiny", tmp_path)
     assert "file_format='array_record'" in str(error.value)
 
 
@@ -171,7 +172,7 @@ def test_files_that_are_gone(tmp_path):
     for path in (tmp_path / "tiny" / "1.0.0").glob("*array_record*"):
         path.unlink()
     with pytest.raises(data.DatasetError, match="cannot be read"):
-        data.load("tiny", data_dir=tmp_path)
+        load("tiny", tmp_path)
 
 
 def test_the_supervised_keys_come_first_and_then_the_usual_names(tmp_path):
@@ -186,7 +187,7 @@ def test_the_supervised_keys_come_first_and_then_the_usual_names(tmp_path):
     splits = {"train": [example] * 10, "test": [example] * 2}
     for name, keys, label in (("a", None, 0), ("b", ("image", "coarse_label"), 1)):
         tiny_dataset.build(tmp_path, name, features, splits, supervised_keys=keys)
-        dataset = data.load(name, data_dir=tmp_path)
+        dataset = load(name, tmp_path)
         assert dataset.image_shape == (4, 4, 3)
         assert set(dataset.train.labels) == {label}
 
@@ -203,11 +204,11 @@ def test_the_supervised_keys_come_first_and_then_the_usual_names(tmp_path):
         ),
     ],
 )
-def test_what_is_no_image_classification(features, message, tmp_path):
+def test_other_data_sets_than_image_classification(features, message, tmp_path):
     values = {key: 0 if feature is LABEL else PICTURE for key, feature in features.items()}
     tiny_dataset.build(tmp_path, "other", features, {"train": [values] * 10, "test": [values]})
     with pytest.raises(data.DatasetError, match=message):
-        data.load("other", data_dir=tmp_path)
+        load("other", tmp_path)
 
 
 def test_the_held_out_split_is_one_with_labels(tmp_path):
@@ -215,17 +216,15 @@ def test_the_held_out_split_is_one_with_labels(tmp_path):
     labelled, unlabelled = ({"image": PICTURE, "label": label} for label in (1, -1))
     splits = {"train": [labelled] * 10, "test": [unlabelled] * 2, "validation": [labelled] * 3}
     tiny_dataset.build(tmp_path, "like_imagenet", features, splits)
-    np.testing.assert_array_equal(
-        data.load("like_imagenet", data_dir=tmp_path).test.labels, [1, 1, 1]
-    )
+    np.testing.assert_array_equal(load("like_imagenet", tmp_path).test.labels, [1, 1, 1])
     splits["test"] = [labelled] * 2
     tiny_dataset.build(tmp_path, "both", features, splits)
-    assert len(data.load("both", data_dir=tmp_path).test.labels) == 2
+    assert load("both", tmp_path).test.examples == 2
     splits = {"train": [labelled] * 10, "test": [unlabelled] * 2}
     tiny_dataset.build(tmp_path, "no_labels", features, splits)
     with pytest.raises(data.DatasetError, match="should have the split train, and test or valid"):
-        data.load("no_labels", data_dir=tmp_path)
+        load("no_labels", tmp_path)
     splits = {"train": [unlabelled] * 10, "test": [labelled]}
     tiny_dataset.build(tmp_path, "worse", features, splits)
     with pytest.raises(data.DatasetError, match="a label should be 0 to 1, but is -1"):
-        data.load("worse", data_dir=tmp_path)
+        load("worse", tmp_path)
