@@ -1,4 +1,4 @@
-"""Logits, labels and masks: whether they fit each other."""
+"""Checks that logits, labels and masks fit each other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def check_logits(logits: ArrayLike, labels: ArrayLike, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Both as arrays, logits in float32 at least, if dtypes and shapes fit."""
+    """Returns both as arrays, logits in float32 or wider, if dtypes and shapes fit."""
     logits, labels = jnp.asarray(logits), jnp.asarray(labels)
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(f"logits must be floating, got dtype {logits.dtype}.")
@@ -24,7 +24,7 @@ def check_logits(logits: ArrayLike, labels: ArrayLike, axis: int) -> tuple[jax.A
         raise TypeError(
             f"labels must be integers (class indices), got dtype {labels.dtype}: this loss is for "
             "classification only. For one-hot labels, pass labels.argmax(-1); for soft labels or "
-            "regression, pass a perturbation loss of your own to the method."
+            "regression, pass your own perturbation loss to the method."
         )
     if not isinstance(axis, int):
         raise TypeError(f"axis must be an integer, got {axis!r}.")
@@ -41,7 +41,7 @@ def check_logits(logits: ArrayLike, labels: ArrayLike, axis: int) -> tuple[jax.A
 
 
 def check_range(labels: ArrayLike, classes: int) -> None:
-    """Raises for a concrete label that is no class."""
+    """Raises if a concrete label is not a class."""
     if isinstance(labels, Tracer) or np.size(labels) == 0:
         return
     known = np.asarray(labels)
@@ -55,15 +55,15 @@ def check_range(labels: ArrayLike, classes: int) -> None:
 
 
 def where_any_class(where: jax.Array | np.ndarray, labels: ArrayLike, axis: int) -> ArrayLike:
-    """The labels, 0 for examples without a class."""
+    """Returns the labels, with 0 for examples whose classes are all masked."""
     if isinstance(where, Tracer) or isinstance(labels, Tracer):
         return jnp.where(jnp.asarray(where).any(axis), jnp.asarray(labels), 0)
     return np.where(np.asarray(where).any(axis), np.asarray(labels), 0)
 
 
 def class_mask(where: ArrayLike, shape: tuple[int, ...], axis: int) -> jax.Array | np.ndarray:
-    """The mask of classes that `where` stands for: of NumPy, unless it is traced."""
-    # NumPy: what is concrete stays so under jit, and labels are checked where it holds.
+    """Returns `where` as a mask in the shape of logits, as a NumPy array unless it is traced."""
+    # A NumPy mask stays concrete under jit, so the labels that it keeps can be checked.
     xp = jnp if isinstance(where, Tracer) else np
     mask = xp.asarray(where)
     if mask.dtype != jnp.bool_:

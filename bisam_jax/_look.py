@@ -1,4 +1,4 @@
-"""LookSAM: take the perturbed gradient every k-th step, and reuse what it adds in between."""
+"""LookSAM: compute the perturbed gradient every k-th step, and reuse part of it in between."""
 
 from typing import Any, NamedTuple
 
@@ -16,9 +16,9 @@ class LookState(NamedTuple):
     """State of :func:`look_sam`.
 
     Attributes:
-        look_count: int32 scalar, the number of steps made.
+        look_count: int32 scalar, the number of steps so far.
         orthogonal_gradient: the part of the last perturbed gradient that is orthogonal to the
-            clean one, of the parameters' floating part, in float32 at least.
+            clean one. It has the structure of the parameters' floating part, in float32 or wider.
         look_ball: state of the ball; empty for a constant radius.
     """
 
@@ -43,7 +43,7 @@ def look_sam(
 
     .. math:: g_v = g_p - \frac{\langle g_p, g \rangle}{\lVert g \rVert^2}\, g,
 
-    which changes slowly. The steps between them return, with :math:`\alpha` (``alpha``),
+    which changes slowly. All other steps return, with :math:`\alpha` (``alpha``),
 
     .. math:: g + \alpha \frac{\lVert g \rVert}{\lVert g_v \rVert}\, g_v .
 
@@ -52,19 +52,19 @@ def look_sam(
     Args:
         rho: radius of the ball: a scalar, possibly traced, or a schedule, called with the number
             of perturbations made so far.
-        alpha: weight of the part that is reused, a scalar >= 0, possibly traced.
+        alpha: weight of the reused part, a scalar >= 0, possibly traced.
         k: number of steps from one perturbed gradient to the next, a positive integer, possibly
             traced; with 1, this is SAM.
         perturbation: replaces the ball of radius ``rho``.
 
     Returns:
-        A transformation whose ``update`` takes what that of :func:`sharpness_aware` takes.
+        A transformation whose ``update`` takes the arguments listed in :func:`sharpness_aware`.
         :math:`g` is ``grads``, or is computed if ``grads`` is None.
 
     Raises:
-        TypeError, ValueError: as :func:`sharpness_aware`; for an ``alpha`` that is no finite
-            scalar >= 0, or a ``k`` that is no positive integer; if both ``rho`` and
-            ``perturbation`` are given.
+        TypeError, ValueError: as :func:`sharpness_aware`; also if ``alpha`` is not a finite
+            scalar >= 0, ``k`` is not a positive integer, or both ``rho`` and ``perturbation`` are
+            given.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -83,8 +83,9 @@ def look_sam(
         Liu et al., `Towards Efficient and Scalable Sharpness-Aware Minimization
         <https://arxiv.org/abs/2203.02714>`_, 2022
 
-    .. note:: Two gradients every k-th step (three with a perturbation loss), one otherwise, by
-        ``jax.lax.cond``; under ``jax.vmap`` both are computed. State: one gradient, and a counter.
+    .. note:: Two gradients on every k-th step (three with a perturbation loss), and one on all
+        other steps, by ``jax.lax.cond``; under ``jax.vmap``, both branches are computed. State: one
+        gradient, and a counter.
     """
     check_scalar("alpha", alpha, minimum=0.0)
     check_count("k", k)
@@ -102,7 +103,7 @@ def look_sam(
             perturbed, eps, ball_state = perturbed_gradient(
                 losses, ball, state.look_ball, params, **extra_args
             )
-            # Without a perturbation, what is left is rounding, which must not be scaled up.
+            # If eps is zero, the orthogonal part is only rounding, which must not be scaled up.
             is_moved = global_norm(eps) > 0
             orthogonal = jax.tree.map(
                 lambda o: jnp.where(is_moved, o, 0), orthogonal_part(perturbed, clean)

@@ -1,4 +1,4 @@
-"""A pass over a batch: at once or in microbatches, on one device or as one of many."""
+"""Passes over a batch: whole or in microbatches, on one device or on several."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,13 +15,13 @@ from bisam_jax._trees import as_cotangent, float_part
 
 
 class Clean(NamedTuple):
-    """The pass at the parameters of this step.
+    """Result of the pass at the parameters of this step.
 
     Attributes:
         value: the mean loss.
-        parts: what it was made of; on several devices, the examples of this one.
-        gradient: of no arguments, returns the gradient of the floating parameters. A method that
-            does not ask for it does not pay for it, unless there are microbatches.
+        parts: losses per example and aux; on several devices, those of this device's examples.
+        gradient: takes no arguments, returns the gradient of the floating parameters. Without
+            microbatches, it costs nothing unless it is called.
     """
 
     value: jax.Array
@@ -33,15 +33,15 @@ class Passes:
     """The passes of one step.
 
     Args:
-        devices: those that share the batch.
-        microbatch_size: examples in memory at a time, or None for all.
+        devices: the devices that share the batch.
+        microbatch_size: number of examples in memory at a time, or None for all.
     """
 
     def __init__(self, devices: OneDevice, microbatch_size: int | None) -> None:
         self.devices, self._microbatch_size = devices, microbatch_size
 
     def clean(self, loss: BatchLoss, params: Any, batch: Batch) -> Clean:
-        """The clean pass of a loss."""
+        """Makes the clean pass of a loss."""
         if (size := self._size(batch)) is not None:
             return self._accumulated_clean(loss, params, batch, size)
 
@@ -65,7 +65,7 @@ class Passes:
         return Clean(self.devices.mean(value), parts, lambda: gradient)
 
     def merged(self, loss: BatchLoss, params: Any, batch: Batch, parts: Parts) -> Parts:
-        """The parts, with aux that is no array of examples averaged over the devices."""
+        """Returns the parts; aux without an axis of examples is averaged over the devices."""
         if not isinstance(self.devices, OneOfMany) or not jax.tree.leaves(parts.aux):
             return parts
         check_splits(batch)
@@ -75,7 +75,7 @@ class Passes:
         )
 
     def mean(self, fn: BatchLossFn) -> Callable[[Any, Batch], jax.Array]:
-        """From parameters and a batch to the mean of `fn` over the whole batch."""
+        """Returns a function for the mean of `fn` over the whole batch."""
 
         def mean(params: Any, batch: Batch) -> jax.Array:
             size = self._size(batch)
@@ -87,7 +87,7 @@ class Passes:
     def losses(
         self, loss: BatchLoss, params: Any, batch: Batch, indices: jax.Array | None = None
     ) -> jax.Array:
-        """The losses of the examples at `indices` of the whole batch, or of all."""
+        """Returns the losses of the examples at `indices` of the whole batch; of all for None."""
         check_splits(batch)
         params = self.devices.enter(params)
 
@@ -99,7 +99,7 @@ class Passes:
         return self.devices.losses_at(losses, params, batch, indices)
 
     def fisher_scores(self, loss: BatchLoss, params: Any, batch: Batch) -> optax.Params:
-        """The Fisher scores of all examples of the batch."""
+        """Returns the Fisher scores, summed over all examples of the whole batch."""
         check_splits(batch)
 
         def loss_of_one(params: Any, example: Batch) -> jax.Array:
@@ -109,13 +109,13 @@ class Passes:
         return self.devices.total(float_part(scores))
 
     def _size(self, batch: Batch) -> int | None:
-        """The size of a microbatch, if there is more than one."""
+        """Returns the size of a microbatch, or None if the batch is not split."""
         size = self._microbatch_size
         return None if size is None or size == len(jax.tree.leaves(batch)[0]) else size
 
 
 def _with_float_grad(fn: Callable) -> Callable:
-    """A `value_and_grad` function with the floating part of the gradient, in float32 at least."""
+    """Returns `fn`, a `value_and_grad`, with only the :func:`float_part` of its gradient."""
 
     def with_float_grad(params: Any, batch: Batch) -> tuple[Any, optax.Updates]:
         out, grad = fn(params, batch)
@@ -125,12 +125,12 @@ def _with_float_grad(fn: Callable) -> Callable:
 
 
 def _accumulated(fn: BatchLossFn, size: int) -> BatchLossFn:
-    """The mean of `fn` over microbatches, one after another, and so its gradient."""
+    """Returns the mean of `fn` over microbatches; value and gradient use one at a time."""
     forward = microbatch(fn, 1, size, MEAN)
     differentiate = _with_float_grad(jax.value_and_grad(fn, allow_int=True))
     both = microbatch(differentiate, 1, size, MEAN)
 
-    # With its own derivative: that of the loop would keep all microbatches in memory.
+    # JAX's own derivative of the loop would keep all microbatches in memory.
     @jax.custom_vjp
     def mean(params: Any, batch: Batch) -> jax.Array:
         return forward(params, batch)
@@ -149,15 +149,15 @@ def _accumulated(fn: BatchLossFn, size: int) -> BatchLossFn:
 
 
 def _in_parts(losses: BatchLossFn, params: Any, batch: Batch, size: int | None) -> jax.Array:
-    """The losses of a batch of any length, of at most `size` examples at a time."""
+    """Returns the losses of a batch of any length, at most `size` examples at a time."""
     count = len(jax.tree.leaves(batch)[0])
     if size is None or count <= size:
         return losses(params, batch)
     number = -(-count // size)
-    # The last part is filled up with the first examples.
+    # The last part is padded with the first examples.
     places = jnp.arange(number * size, dtype=jnp.int32) % count
-    # Every `number`-th example, as optax splits a batch: parts of a device are parts of the whole.
+    # Each part takes every `number`-th example, as optax does, and so some of every device.
     parts = jax.tree.map(lambda x: jnp.asarray(x)[places.reshape(size, number).T], batch)
-    # Recomputed when differentiated: otherwise all parts would stay in memory.
+    # The derivative recomputes each part: otherwise all parts would stay in memory.
     part_losses = jax.checkpoint(lambda part: losses(params, part))
     return jax.lax.map(part_losses, parts).T.reshape(-1)[:count]

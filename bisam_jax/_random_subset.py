@@ -13,7 +13,7 @@ class RandomSubsetState(NamedTuple):
     """State of :func:`random_subset`.
 
     Attributes:
-        subset_key: random key, from which the next subset comes.
+        subset_key: random key from which the next subset is drawn.
     """
 
     subset_key: jax.Array
@@ -25,11 +25,12 @@ def random_subset(
     r"""Keeps a perturbation on a random part of the weights: stochastic weight perturbation.
 
     Returns :math:`m \epsilon / \beta`, where each entry of :math:`m` is 1 with probability
-    :math:`\beta` (``beta``) and else 0, so that its mean is the perturbation :math:`\epsilon`.
+    :math:`\beta` (``beta``) and 0 otherwise. The expected value is the perturbation
+    :math:`\epsilon`.
 
     Args:
-        beta: probability of each weight, a scalar in (0, 1], possibly traced.
-        key: random key, or a seed for one.
+        beta: probability that a weight is kept, a scalar in (0, 1], possibly traced.
+        key: random key or integer seed.
 
     Returns:
         A transformation to chain after a ball. The extra arg ``subset``, a tree of booleans in
@@ -56,7 +57,7 @@ def random_subset(
 
     def init_fn(params: optax.Params) -> RandomSubsetState:
         del params
-        # A new key, so that donating the state leaves the caller's alone.
+        # A new key: donating the state must not delete the caller's key.
         return RandomSubsetState(jax.random.fold_in(as_key(key), 0))
 
     def update_fn(

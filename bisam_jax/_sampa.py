@@ -1,4 +1,4 @@
-"""SAMPa: two gradients that do not wait for each other."""
+"""SAMPa: SAM with two gradients that can be computed in parallel."""
 
 import functools
 from collections.abc import Callable
@@ -29,10 +29,10 @@ class SampaState(NamedTuple):
     """State of :func:`sampa`.
 
     Attributes:
-        sampa_count: int32 scalar, the number of steps made.
+        sampa_count: int32 scalar, the number of steps so far.
         lookahead_gradient: gradient of the training loss at the last look-ahead point.
-        lookahead_ascent: gradient of the ascended loss there; None where it is the same loss.
-        sampa_batch: the batch of the last step, which lies over devices as batches do.
+        lookahead_ascent: gradient of the perturbation loss at that point; None without ``bilevel``.
+        sampa_batch: batch of the last step, sharded like the batches.
         sampa_ball: state of the ball; empty for a constant radius.
         sampa_optimizer: state of the base optimizer.
     """
@@ -58,7 +58,8 @@ def sampa(
     r"""SAMPa: SAM whose two gradients can be computed in parallel.
 
     With :math:`q_t` the gradient at the last look-ahead point, :math:`U` the step that the base
-    ``optimizer`` would make, :math:`\rho` (``rho``) and :math:`\lambda` (``interpolation``),
+    ``optimizer`` would make, :math:`\rho` (``rho``) and :math:`\lambda` (``interpolation``), step
+    :math:`t` computes
 
     .. math::
         p_t &= \nabla L_{t-1}(x_t + \rho\, q_t / \lVert q_t \rVert), \\
@@ -66,39 +67,42 @@ def sampa(
         x_{t+1} &= x_t + U((1 - \lambda)\, p_t + \lambda\, q_{t+1}),
 
     where :math:`L_t` is the loss on batch :math:`t`. In the first step :math:`q_0 = 0`,
-    :math:`y_1 = x_0` and both losses are of the first batch. Neither :math:`p_t` nor
+    :math:`y_1 = x_0`, and both losses are on the first batch. Neither :math:`p_t` nor
     :math:`q_{t+1}` needs the other.
 
     Args:
-        optimizer: the base optimizer, with its weight decay and momentum; it looks ahead too.
+        optimizer: the base optimizer, with its weight decay and momentum. It also makes the
+            look-ahead step.
         rho: radius of the ball: a scalar, possibly traced, or a schedule.
         interpolation: weight of the look-ahead gradient, a scalar in [0, 1], possibly traced.
             With 1, this is only the look-ahead optimizer.
-        batch_like: a batch, or its shapes (``jax.ShapeDtypeStruct``): the state keeps the previous
-            batch. On several devices, the whole batch; lay ``state.sampa_batch`` over them as you
-            do batches. Under ``optax.inject_hyperparams``, name it in ``static_args``.
+        batch_like: a batch, or its shapes (``jax.ShapeDtypeStruct``), since the state keeps the
+            previous batch. On several devices, pass the whole batch, and shard
+            ``state.sampa_batch`` like your batches. Under ``optax.inject_hyperparams``, name it in
+            ``static_args``.
         perturbation: replaces the ball of radius ``rho``.
-        bilevel: whether another loss is ascended: ``update`` then needs
-            ``batch_perturbation_loss_fn``, the perturbation is along its gradient at the
-            look-ahead point, and a step costs a third gradient. Without it, a perturbation loss is
-            an error.
+        bilevel: whether to ascend a perturbation loss. ``update`` then needs
+            ``batch_perturbation_loss_fn``, and the perturbation follows its gradient at the
+            look-ahead point, which costs a third gradient per step. If False, a perturbation loss
+            is an error.
         gradient_axis: name of an axis of the mesh in context (:func:`jax.set_mesh`), of size 2 and
-            type Auto. Under :func:`jax.jit` one half of the devices then computes :math:`p_t` and
-            the other :math:`q_{t+1}`, which are exchanged; all else, the third gradient of
-            ``bilevel`` too, both halves compute. The numbers are those of one device.
+            type Auto. Under :func:`jax.jit`, one half of the devices then computes :math:`p_t`, the
+            other half computes :math:`q_{t+1}`, and the halves exchange them. Both halves compute
+            everything else, including the third gradient of ``bilevel``. The numbers are the same
+            as on one device.
 
     Returns:
-        A transformation that contains the base optimizer: its updates go to
-        ``optax.apply_updates``. ``grads`` are not used. ``update`` needs ``batch_loss_fn``, from
-        parameters and a batch to a scalar, and ``batch``; :func:`bisam_jax.value_and_grad` passes
-        both.
+        A transformation that contains the base optimizer: pass its updates to
+        ``optax.apply_updates``. ``grads`` is not used. ``update`` needs ``batch``, and
+        ``batch_loss_fn``, which maps parameters and a batch to a scalar.
+        :func:`bisam_jax.value_and_grad` passes both.
 
     Raises:
-        TypeError, ValueError: if ``optimizer`` is no transformation, a hyperparameter out of its
+        TypeError, ValueError: if ``optimizer`` is not a transformation, a hyperparameter is out of
             range, or both ``rho`` and ``perturbation`` are given; in ``update``, if an argument is
-            missing, a loss no real scalar, or the batch unlike ``batch_like``, if there is a
-            perturbation loss without ``bilevel``, or if the mesh in context has no
-            ``gradient_axis`` as above.
+            missing, a loss is not a real scalar, the batch does not match ``batch_like``, there is
+            a perturbation loss without ``bilevel``, or the mesh in context has no such
+            ``gradient_axis``.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -114,8 +118,8 @@ def sampa(
         >>> print(w)
         [0.7837 0.7837]
 
-        Each half of the devices computes one gradient, with the examples of a batch over the
-        devices of a half::
+        To compute one gradient on each half of the devices, with the examples of a batch sharded
+        over the devices of each half::
 
             shape = (2, jax.device_count() // 2)
             mesh = jax.make_mesh(shape, ("gradients", "data"), (AxisType.Auto, AxisType.Auto))
@@ -131,9 +135,9 @@ def sampa(
         Xie, Pethick and Cevher, `SAMPa: Sharpness-aware Minimization Parallelized
         <https://arxiv.org/abs/2410.10683>`_, 2024
 
-    .. note:: Two gradients per step, three with ``bilevel``; state: one gradient (two with
-        ``bilevel``) and one batch, beside the base optimizer's. Agrees
-        to 1e-9 in float64 with the authors' code.
+    .. note:: Two gradients per step, three with ``bilevel``. State: one gradient (two with
+        ``bilevel``) and one batch, in addition to the base optimizer's state. Agrees to 1e-9 in
+        float64 with the authors' code.
     """
     check_transformation("optimizer", optimizer)
     check_scalar("interpolation", interpolation, minimum=0.0, maximum=1.0)
@@ -168,7 +172,7 @@ def sampa(
 
         direction = state.lookahead_ascent if bilevel else state.lookahead_gradient
         eps, ball_state = ball.update(direction, state.sampa_ball, float_part(params), **extra_args)
-        # The first look-ahead is the start itself, without the weight decay of a zero gradient.
+        # The first look-ahead point is the start itself: weight decay must not move it.
         moved = _floats_of(params, descend(state.lookahead_gradient)[0])
         ahead = jax.tree.map(lambda u: jnp.where(first, 0, u), moved)
         points = [perturb(params, eps), perturb(params, ahead)]
@@ -196,7 +200,7 @@ def _start(params: Any, batch_like: Any, bilevel: bool, ball: Any, optimizer: An
 
 
 def _floats_of(params: optax.Params, updates: optax.Updates) -> optax.Updates:
-    """The updates of floating parameters; those of integers may be floating themselves."""
+    """Returns the updates of floating parameters; integers may have floating updates too."""
     kept = jax.tree.map(lambda p, u: u if is_floating(p) else None, params, updates)
     return float_part(kept)
 
@@ -208,7 +212,7 @@ def _between(first: optax.Updates, second: optax.Updates, weight: Any) -> optax.
 def _gradients(
     loss_fn: Any, points: list, batches: list, axis: str | None
 ) -> tuple[optax.Updates, optax.Updates]:
-    """The gradients at two points on two batches."""
+    """Returns the gradients at two points on two batches."""
     gradient = _gradient_of("batch_loss_fn", loss_fn)
     if axis is not None:
         return on_two_halves(gradient, points, batches, axis)
@@ -223,7 +227,7 @@ def _gradient_of(name: str, loss_fn: Any) -> Callable[[Any, Any], optax.Updates]
 def _check_losses(loss_fn: Any, perturbation_loss_fn: Any, q: bool, bilevel: bool) -> None:
     if loss_fn is None:
         raise MissingArgumentError(
-            "batch_loss_fn is missing, and sampa evaluates the loss of two batches",
+            "batch_loss_fn is missing, and sampa evaluates the loss on two batches",
             "call update(None, state, params, batch_loss_fn=fn_of_params_and_batch, batch=batch)",
             "pass loss_fn",
         )
@@ -235,7 +239,7 @@ def _check_losses(loss_fn: Any, perturbation_loss_fn: Any, q: bool, bilevel: boo
         )
     if not bilevel and (q or perturbation_loss_fn is not None):
         raise ValueError(
-            "this sampa ascends the training loss, and was given a perturbation loss: make it with "
+            "this sampa ascends the training loss, but got a perturbation loss: make it with "
             "sampa(..., bilevel=True)."
         )
 
@@ -246,7 +250,7 @@ def _empty_like(leaf: Any) -> jax.Array:
 
 
 def _checked_batch(batch: Any, previous: Any) -> Any:
-    """The batch as arrays of the types that the state has room for."""
+    """Returns the batch as arrays with the types of the previous batch."""
     if batch is None:
         raise MissingArgumentError(
             "batch is missing, and sampa keeps it for the next step",
@@ -256,7 +260,7 @@ def _checked_batch(batch: Any, previous: Any) -> Any:
     got, expected = shapes_of(batch), shapes_of(previous)
     if got != expected:
         raise ValueError(
-            f"batch must be like the batch_like that sampa was made with, {expected}, got {got}."
+            f"batch must match the batch_like that sampa was made with, {expected}, got {got}."
         )
-    # A copy: who donates the state must not give away the caller's batch.
+    # A copy: donating the state must not delete the caller's batch.
     return jax.tree.map(lambda new, old: jnp.array(new, old.dtype), batch, previous)

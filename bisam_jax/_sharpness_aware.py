@@ -29,42 +29,43 @@ def sharpness_aware(
     With :math:`w` the parameters, :math:`L` the loss to descend (``loss_fn``), :math:`Q` the loss
     to ascend (``perturbation_loss_fn``) and :math:`P` the ``perturbation``, the updates are
 
-    .. math:: \nabla L(w + \epsilon), \qquad \epsilon = P(\nabla Q(w)),
+    .. math:: \nabla L(w + \epsilon), \qquad \epsilon = P(\nabla Q(w)).
 
-    a gradient, for the base optimizer that follows in the chain. Averaging over devices, clipping,
-    weight decay and momentum come after it too. Without :math:`Q`, :math:`L` is ascended.
+    They are a gradient for the base optimizer that follows in the chain. Averaging over devices,
+    clipping, weight decay and momentum also come after it. Without :math:`Q`, :math:`L` is
+    ascended.
 
     ``update(grads, state, params, *, ...)`` takes the arguments that every method takes:
 
-    * ``grads``: the gradient of :math:`L` at ``params`` on this batch, as everywhere in optax; or
-      None, if nobody has computed it. Never anything else.
-    * ``loss_fn``, from parameters to the scalar :math:`L` on this batch; or instead of it
-      ``grad_fn``, from parameters to the gradient of :math:`L`.
-    * ``perturbation_loss_fn``, from parameters to the scalar :math:`Q` on this batch; or instead
-      of it ``perturbation_grads``, the gradient of :math:`Q` at ``params``, already computed. Any
-      other direction of ascent can be passed there too, such as minus the momentum.
+    * ``grads``: the gradient of :math:`L` at ``params`` on this batch, as everywhere in optax, or
+      None if it has not been computed. Pass nothing else here.
+    * ``loss_fn``, which maps parameters to the scalar :math:`L` on this batch; or instead
+      ``grad_fn``, which maps parameters to the gradient of :math:`L`.
+    * ``perturbation_loss_fn``, which maps parameters to the scalar :math:`Q` on this batch; or
+      instead ``perturbation_grads``, the gradient of :math:`Q` at ``params``, already computed.
+      ``perturbation_grads`` can be any other direction of ascent, such as minus the momentum.
     * any other argument, which is passed on to the perturbation.
 
-    The functions must be pure: drop the batch statistics of the perturbed pass in ``loss_fn``, and
-    take random numbers (dropout) from a key that it closes over, the same as in the clean pass.
+    The functions must be pure. In ``loss_fn``, drop the batch statistics of the perturbed pass, and
+    take random numbers (dropout) from a key that it closes over, the same key as in the clean pass.
 
     Args:
-        perturbation: from the ascent gradient to :math:`\epsilon`; see
-            :mod:`bisam_jax.perturbations`. It sees the floating leaves only (None in place of
-            others), in float32 at least.
+        perturbation: maps the ascent gradient to :math:`\epsilon`; see
+            :mod:`bisam_jax.perturbations`. It sees only the floating leaves (None in place of other
+            leaves), in float32 or wider.
 
     Returns:
-        A transformation to the descent gradient, in the dtypes of the parameters. ``loss_fn`` is
-        given parameters in float32 at least: in bfloat16, most of a small :math:`\epsilon` would
-        be rounded away. Leaves that are not floating are not perturbed, and keep their entry of
-        ``grads`` (zero, if ``grads`` is None).
+        A transformation whose updates are the descent gradient, in the dtypes of the parameters.
+        ``loss_fn`` gets parameters in float32 or wider: in bfloat16, most of a small
+        :math:`\epsilon` would be rounded away. Leaves that are not floating are not perturbed, and
+        keep their entry of ``grads`` (zero if ``grads`` is None).
 
     Raises:
         ValueError: in ``update``, at trace time: if ``params`` is missing; if neither or both of
             ``loss_fn`` and ``grad_fn`` are given, or both forms of :math:`Q`; if gradients do not
             match the parameters; inside :func:`optax.masked`.
-        TypeError: if ``perturbation`` is no transformation, a loss no real scalar, or a parameter
-            complex.
+        TypeError: if ``perturbation`` is not a transformation, a loss is not a real scalar, or a
+            parameter is complex.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -82,11 +83,11 @@ def sharpness_aware(
         Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
         <https://arxiv.org/abs/2010.01412>`_, 2021
 
-    .. note:: Two gradients per step; one of them is yours if you pass ``grads`` or
-        ``perturbation_grads``. No state of its own, no copy of the parameters between steps, one
-        during a step. It must come first in the chain: what stands before it would change
-        ``grads``. ``optax.MultiSteps`` around it drops the descent gradients of all mini-batches
-        but the last; see :func:`bisam_jax.value_and_grad` for accumulation.
+    .. note:: Two gradients per step; you compute one of them if you pass ``grads`` or
+        ``perturbation_grads``. No state except that of ``perturbation``. No copy of the parameters
+        between steps, one copy during a step. It must come first in the chain: anything before it
+        would change ``grads``. ``optax.MultiSteps`` around it drops the descent gradients of all
+        mini-batches except the last; for accumulation, use :func:`bisam_jax.value_and_grad`.
     """
     check_transformation("perturbation", perturbation)
     perturbation = optax.with_extra_args_support(perturbation)
@@ -106,22 +107,22 @@ def sharpness_aware(
 
 
 def bisam(rho: optax.ScalarOrSchedule = 0.05) -> optax.GradientTransformationExtraArgs:
-    r"""Bilevel SAM: ascends a lower bound of the 0-1 loss, descends the training loss there.
+    r"""Bilevel SAM: ascends a lower bound of the 0-1 loss, and descends the training loss there.
 
-    :func:`sharpness_aware` in an :func:`l2_ball` of radius ``rho``, which insists on :math:`Q`:
-    pass ``perturbation_loss_fn``, the mean of :func:`bisam_jax.perturbation_loss` over the batch,
-    or its gradient as ``perturbation_grads``.
+    This is :func:`sharpness_aware` with an :func:`l2_ball` of radius ``rho``. It requires
+    :math:`Q`: pass ``perturbation_loss_fn``, the mean of :func:`bisam_jax.perturbation_loss` over
+    the batch, or its gradient as ``perturbation_grads``.
 
     Args:
         rho: radius of the ball: a scalar, possibly traced, or a schedule. The paper's values are
             0.05 for CIFAR-10 and 0.1 for CIFAR-100.
 
     Returns:
-        The transformation, as :func:`sharpness_aware`.
+        A transformation, called as described in :func:`sharpness_aware`.
 
     Raises:
-        ValueError: as :func:`sharpness_aware`; and in ``update``, without :math:`Q`: that would be
-            :func:`sam`.
+        ValueError: as :func:`sharpness_aware`; also in ``update`` without :math:`Q`, since that
+            would be :func:`sam`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -153,7 +154,7 @@ def bisam(rho: optax.ScalarOrSchedule = 0.05) -> optax.GradientTransformationExt
     ) -> tuple[optax.Updates, Any]:
         if not gives_q(extra_args):
             raise MissingArgumentError(
-                "bisam ascends Q, and there is none",
+                "bisam needs a perturbation loss to ascend, and got none",
                 "pass perturbation_loss_fn to update, or perturbation_grads; to ascend the "
                 "training loss itself, use sam",
                 "pass perturbation_loss_fn to value_and_grad; to ascend the training loss itself, "
@@ -167,14 +168,14 @@ def bisam(rho: optax.ScalarOrSchedule = 0.05) -> optax.GradientTransformationExt
 def sam(rho: optax.ScalarOrSchedule = 0.05) -> optax.GradientTransformationExtraArgs:
     """Sharpness-Aware Minimization: ascends and descends the training loss.
 
-    :func:`sharpness_aware` in an :func:`l2_ball` of radius ``rho``. Given a perturbation loss it
-    ascends that, as every method does, and is :func:`bisam`.
+    This is :func:`sharpness_aware` with an :func:`l2_ball` of radius ``rho``. With a perturbation
+    loss, it ascends that loss, as every method does, and equals :func:`bisam`.
 
     Args:
         rho: radius of the ball: a scalar, possibly traced, or a schedule.
 
     Returns:
-        The transformation, as :func:`sharpness_aware`.
+        A transformation, called as described in :func:`sharpness_aware`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -202,16 +203,16 @@ def asam(
 ) -> optax.GradientTransformationExtraArgs:
     """Adaptive SAM: perturbs each weight in proportion to its size.
 
-    :func:`sharpness_aware` in an :func:`adaptive_l2_ball`; with a perturbation loss, adaptive
-    BiSAM.
+    This is :func:`sharpness_aware` with an :func:`adaptive_l2_ball`. With a perturbation loss, it
+    is adaptive BiSAM.
 
     Args:
         rho: radius relative to the weights' sizes: a scalar, possibly traced, or a schedule.
         eta: added to each weight's size; a scalar >= 0, possibly traced.
-        where: which leaves are scaled, see :func:`adaptive_l2_ball`; all by default.
+        where: leaves that are scaled, see :func:`adaptive_l2_ball`; all by default.
 
     Returns:
-        The transformation, as :func:`sharpness_aware`.
+        A transformation, called as described in :func:`sharpness_aware`.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -226,7 +227,7 @@ def asam(
         Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of
         Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, 2021
 
-    .. note:: Two gradients per step, no state. With ``where`` as in the authors' code (weight
-        arrays only), agrees with it to 1e-9 in float64.
+    .. note:: Two gradients per step, no state. With ``where`` as in the authors' code (only
+        weight arrays), agrees with that code to 1e-9 in float64.
     """
     return sharpness_aware(adaptive_l2_ball(rho, eta, where))

@@ -1,4 +1,4 @@
-"""The steps that `value_and_grad` is made of: sharp or plain, one of both, in groups."""
+"""The steps that `value_and_grad` is made of: sharp, plain, conditional and grouped."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,13 +28,13 @@ from bisam_jax._passes import Clean, Passes
 from bisam_jax._trees import fill_with_zeros, float_part, is_floating, merge
 
 When = Callable[[Any], Any]
-# From params, state and batch to the clean pass's value and parts, the gradient, and the state.
+# Maps params, state and batch to the clean pass's value and parts, the gradient, and the state.
 Step = Callable[..., tuple[tuple[jax.Array, Parts], Any, Any]]
 
 
 _NO_METHOD = (
-    "tx made no gradient of perturbation_loss_fn: it must be or contain a sharpness-aware method, "
-    "such as bisam(rho)."
+    "tx made no gradient of perturbation_loss_fn: pass a tx that is or contains a sharpness-aware "
+    "method, such as bisam(rho)."
 )
 
 
@@ -44,7 +44,7 @@ def sharp_step(
     ascended: BatchLoss | None,
     passes: Passes,
 ) -> Step:
-    """The clean pass, and then `tx` with all that any method asks for."""
+    """Returns a step: the clean pass, then `tx` with every argument that a method may use."""
 
     def step(params: Any, state: Any, batch: Batch, **extra_args: Any) -> tuple:
         clean = passes.clean(ascended or descended, params, batch)
@@ -88,7 +88,7 @@ def _arguments_of_q(mean: BatchLossFn, clean: Clean, batch: Batch) -> dict[str, 
 
 
 class _LossOnBatch:
-    """L on this batch; if the user's loss knows its logits, so does this."""
+    """L on this batch, split at the logits if the user's loss is."""
 
     def __init__(self, mean: BatchLossFn, loss: BatchLoss, passes: Passes, batch: Batch) -> None:
         self._mean, self._passes, self._batch = mean, passes, batch
@@ -108,7 +108,7 @@ class _LossOnBatch:
 
 
 def plain_step(loss: BatchLoss, passes: Passes) -> Step:
-    """The gradient of L at the parameters, with the state as it was."""
+    """Returns a step: the gradient of L at the parameters, with the state unchanged."""
 
     def step(params: Any, state: Any, batch: Batch) -> tuple:
         clean = passes.clean(loss, params, batch)
@@ -118,7 +118,7 @@ def plain_step(loss: BatchLoss, passes: Passes) -> Step:
 
 
 def conditional(sharp: Step, plain: Step, when: When) -> Step:
-    """One of two steps, and the cost of one."""
+    """Returns a step that runs only one of two steps, and costs only that one."""
 
     def step(params: Any, state: Any, batch: Batch, **extra_args: Any) -> tuple:
         due = when(extra_args["step"])
@@ -151,7 +151,7 @@ def _check_alike(sharp: Any, plain: Any) -> None:
 
 
 def _of_arrays(result: tuple) -> tuple:
-    """Value, aux, gradient and state; only one of the steps may have losses per example."""
+    """Returns value, aux, gradient and state. Losses are dropped: one step may not have them."""
     (value, parts), grads, state = result
     return (value, parts.aux), float_part(grads), state
 
@@ -163,7 +163,7 @@ def grouped(
     microbatch_size: int | None,
     passes: Passes,
 ) -> Step:
-    """The mean of one whole step per group, over all groups on all devices."""
+    """Returns a step that makes one whole step per group, and averages over all groups."""
     devices = passes.devices
 
     def step(params: Any, state: Any, batch: Batch, **extra_args: Any) -> tuple:

@@ -1,4 +1,4 @@
-"""Tilted SAM: an average over noisy starts that leans towards the worst of them."""
+"""Tilted SAM: a mean over noisy starts in which higher losses weigh more."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class TiltedState(NamedTuple):
     """State of :func:`tilted_sam`.
 
     Attributes:
-        tilted_key: random key, from which the next step's noise comes.
+        tilted_key: random key from which the noise of the next step is drawn.
         tilted_ball: state of the ball; empty for a constant radius.
     """
 
@@ -44,10 +44,11 @@ def tilted_sam(
     perturbation: optax.GradientTransformation | None = None,
     together: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Tilted SAM: SAM steps from noisy starts, the higher losses weighing more.
+    r"""Tilted SAM: SAM gradients from noisy starts, averaged so that higher losses weigh more.
 
-    For each of ``num_samples`` starts :math:`w_i = w + z_i`, where :math:`z_i` is normal noise of
-    standard deviation ``scale``, shortened to ``radius`` where it is longer,
+    There are ``num_samples`` starts :math:`w_i = w + z_i`, where :math:`z_i` is normal noise of
+    standard deviation ``scale``; noise longer than ``radius`` is shortened to ``radius``. Each
+    start has a perturbation :math:`\epsilon_i`, and the result is the weighted sum of gradients in
 
     .. math::
         \epsilon_i = \rho\, \frac{\nabla Q(w_i)}{\lVert \nabla Q(w_i) \rVert}, \qquad
@@ -55,33 +56,33 @@ def tilted_sam(
         s = \operatorname{softmax}_i\, t\, L(w_i + \epsilon_i),
 
     with :math:`\rho` (``rho``), :math:`t` (``tilt``), and :math:`Q` the ``perturbation_loss_fn``,
-    or :math:`L` itself.
+    or :math:`L` itself without one.
 
     Args:
         rho: radius of the ball around each start: a scalar, possibly traced, or a schedule.
-        tilt: how far the mean leans towards the worst start, a scalar, possibly traced; 0 is the
-            plain mean, a large value only the worst start.
-        num_samples: number of starts. It shapes the program, so it cannot be traced.
+        tilt: strength of the weighting, a scalar, possibly traced. With 0, this is the plain mean;
+            with a large value, only the worst start counts.
+        num_samples: number of starts. It sets array shapes, so it cannot be traced.
         radius: largest norm of the noise, a scalar >= 0, possibly traced.
         scale: standard deviation of the noise, a scalar >= 0, possibly traced.
-        key: random key, or a seed for one.
+        key: random key or integer seed.
         perturbation: replaces the ball of radius ``rho`` around each start.
-        together: whether all starts are computed at once, by vmap, in ``num_samples`` times the
-            memory; one after another otherwise, in a loop, where XLA on CPU is slow at
-            convolutions.
+        together: whether to compute all starts at once, by vmap, with ``num_samples`` times the
+            memory. If False, they are computed one after another in a loop, in which XLA on CPU is
+            slow at convolutions.
 
     Returns:
-        A transformation whose ``update`` takes what that of :func:`sharpness_aware` takes, except
-        ``grad_fn``, since it weighs gradients by losses, and ``perturbation_grads``, since it
-        ascends at the noisy starts and not at ``params``. ``grads`` are not used. ``noise``, a
-        tree of the parameters' structure with an axis of ``num_samples`` in front of each leaf,
-        replaces the standard normal draws (before scaling and shortening).
+        A transformation whose ``update`` takes the arguments listed in :func:`sharpness_aware`,
+        except ``grad_fn``, since it weights gradients by losses, and ``perturbation_grads``, since
+        it ascends at the noisy starts and not at ``params``. ``grads`` is not used. The extra arg
+        ``noise`` replaces the standard normal draws (before scaling and shortening): a tree with
+        the structure of the parameters, and a leading axis of ``num_samples`` on each leaf.
 
     Raises:
-        TypeError, ValueError: as :func:`sharpness_aware`; if ``num_samples`` is traced or no
-            positive integer, or another argument is out of its range; if both ``rho`` and
-            ``perturbation`` are given; in ``update``, for ``grad_fn``, ``perturbation_grads`` or a
-            ``noise`` that does not match.
+        TypeError, ValueError: as :func:`sharpness_aware`; also if ``num_samples`` is traced or is
+            not a positive integer, another argument is out of range, or both ``rho`` and
+            ``perturbation`` are given; in ``update``, if ``grad_fn`` or ``perturbation_grads`` is
+            given, or ``noise`` does not match the parameters.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -97,8 +98,8 @@ def tilted_sam(
         <https://arxiv.org/abs/2410.22656>`_, 2024
 
     .. note:: ``2 * num_samples`` gradients per step; under jit, your own ``grads`` cost nothing.
-        State: one key. Agrees to 1e-9 in float64 with the authors' code where its weights are
-        float64; as published, they are rounded to float32.
+        State: one key. Agrees to 1e-9 in float64 with the authors' code if the weights :math:`s`
+        are float64 there; the published code rounds them to float32.
     """
     check_scalar("tilt", tilt)
     check_scalar("radius", radius, minimum=0.0)
@@ -110,7 +111,7 @@ def tilted_sam(
     mean = _mean_together if together else _mean_one_by_one
 
     def init_fn(params: optax.Params) -> TiltedState:
-        # A new key, so that donating the state leaves the caller's alone.
+        # A new key: donating the state must not delete the caller's key.
         return TiltedState(jax.random.fold_in(as_key(key), 0), ball.init(params))
 
     def rule(
@@ -151,7 +152,7 @@ def _mean_together(sample: Callable[[Any], tuple], num_samples: int) -> tuple:
 
 
 def _mean_one_by_one(sample: Callable[[Any], tuple], num_samples: int) -> tuple:
-    """The softmax-weighted mean with the memory of one sample."""
+    """Returns the softmax-weighted mean, with the memory of one sample."""
 
     def add(carry: tuple, i: jax.Array) -> tuple[tuple, None]:
         largest, total, gradient, _ = carry
@@ -177,7 +178,7 @@ def _mean_one_by_one(sample: Callable[[Any], tuple], num_samples: int) -> tuple:
 
 
 def _standard_normal(key: jax.Array, params: optax.Params, i: jax.Array) -> optax.Params:
-    """The i-th draw, of the parameters' structure."""
+    """Returns the i-th draw, with the structure of the parameters."""
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.fold_in(key, i), max(len(leaves), 1))
     draws = [
@@ -197,5 +198,5 @@ def _checked_noise(noise: optax.Params, params: optax.Params, num_samples: int) 
         lambda p: jax.ShapeDtypeStruct((num_samples, *jnp.shape(p)), jnp.result_type(p)),
         params,
     )
-    check_same_structure("noise, less its leading axis of num_samples,", noise, expected)
+    check_same_structure("noise, which needs a leading axis of num_samples,", noise, expected)
     return noise

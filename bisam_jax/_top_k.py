@@ -1,4 +1,4 @@
-"""Masks of a whole tree, and the one of its largest entries."""
+"""Masks over a whole tree, such as the mask of its largest entries."""
 
 import itertools
 import math
@@ -12,14 +12,15 @@ from bisam_jax._trees import at_least_float32
 
 
 def size_of(tree: Any) -> int:
-    """The number of entries of all leaves together."""
+    """Returns the number of entries of all leaves together."""
     return sum(jnp.size(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def number_of(rounding: Callable[[Any], Any], n: int, share: Any) -> Any:
-    """`n * share`, rounded by `math.floor` or `math.ceil`.
+    """Returns `n * share`, rounded by `math.floor` or `math.ceil`.
 
-    A concrete share gives a Python integer, from double precision; a traced one an int32 scalar.
+    A concrete share gives a Python integer, computed in double precision. A traced share gives an
+    int32 scalar.
     """
     if isinstance(share, (int, float)):
         return rounding(n * share)
@@ -28,20 +29,20 @@ def number_of(rounding: Callable[[Any], Any], n: int, share: Any) -> Any:
 
 
 def masked(tree: Any, mask: Any) -> Any:
-    """The tree where `mask` holds, zero elsewhere."""
+    """Returns the tree where `mask` is True, and 0 elsewhere."""
     return jax.tree.map(lambda m, x: jnp.where(m, x, 0), mask, tree)
 
 
 def top_k_mask(scores: Any, k: jax.typing.ArrayLike) -> Any:
-    """A mask of the `k` largest entries of all leaves together; of equals, the first in order.
+    """Returns a mask of the `k` largest entries of all leaves together; among ties, the first.
 
-    The k-th largest score is found bit by bit, since non-negative floats are ordered as their bits
-    are, and then the last of its equals, by the bits of its place. Each bit takes one count over
-    the leaves where they lie: nothing is sorted, and no leaf is gathered from several devices.
+    The k-th largest score is found bit by bit, since non-negative floats have the order of their
+    bits. The last tied entry to keep is found in the same way, by the bits of its position. Each
+    bit takes one count over the leaves: nothing is sorted, and no sharded leaf is gathered.
 
     Args:
         scores: a tree of non-negative floating arrays.
-        k: how many, an int32 scalar, possibly traced.
+        k: number of entries, an int32 scalar, possibly traced.
 
     Returns:
         A tree of booleans in the shapes of `scores`, exactly `k` of them True.
@@ -77,20 +78,20 @@ def top_k_mask(scores: Any, k: jax.typing.ArrayLike) -> Any:
 
 
 def _largest(width: int, dtype: Any, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest integer of `width` bits for which a condition holds that holds for all less."""
+    """Returns the largest integer of `width` bits for which `holds`; all smaller ones hold too."""
 
     def set_bit(i: jax.Array, value: jax.Array) -> jax.Array:
         bit = jnp.asarray(width - 1 - i, dtype)
         candidate = value | (jnp.ones([], dtype) << bit)
         return jnp.where(holds(candidate), candidate, value)
 
-    # The carry must vary over devices as the condition does, for shard_map's checks.
+    # For shard_map's checks, the carry must vary over devices as the condition does.
     zero = jnp.zeros_like(holds(jnp.zeros([], dtype)), dtype=dtype)
     return jax.lax.fori_loop(0, width, set_bit, zero)
 
 
 def _before(place: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Which entries of an array come before a place in row-major order."""
+    """Returns which entries of an array come before a position in row-major order."""
     rest = jnp.clip(place, 0, math.prod(shape))
     before, so_far_equal = jnp.zeros([], bool), jnp.ones([], bool)
     for axis in range(len(shape)):

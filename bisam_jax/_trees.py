@@ -1,4 +1,4 @@
-"""Operations on trees of parameters and gradients, with norms in float32 at least."""
+"""Operations on trees of parameters and gradients, with norms in float32 or wider."""
 
 import functools
 import math
@@ -14,7 +14,7 @@ Tree = Any
 
 
 def float_part(tree: Tree) -> Tree:
-    """The floating leaves, in float32 at least, and None in place of every other leaf.
+    """Returns the floating leaves, in float32 or wider, and None in place of other leaves.
 
     Perturbations are computed on this part: integers, booleans and random keys have no direction
     of ascent, and in bfloat16 most of a small perturbation would be rounded away.
@@ -35,7 +35,7 @@ def float_part(tree: Tree) -> Tree:
 
 
 def is_floating(leaf: Any) -> bool:
-    """Whether a leaf is a real floating array or scalar.
+    """Returns whether a leaf is a real floating array or scalar.
 
     Raises:
         TypeError: at a complex leaf.
@@ -43,25 +43,25 @@ def is_floating(leaf: Any) -> bool:
     dtype = _dtype(leaf)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         raise TypeError(
-            f"complex parameters are not supported, got a leaf of dtype {dtype}; "
-            "hold its real and its imaginary part as two parameters."
+            f"complex parameters are not supported, got a leaf of dtype {dtype}: "
+            "store its real and imaginary parts as two parameters."
         )
     return bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def at_least_float32(*dtypes: Any) -> Any:
-    """The widest of the given floating dtypes and float32."""
+    """Returns the widest of the given floating dtypes and float32."""
     return max([*dtypes, jnp.dtype(jnp.float32)], key=lambda dtype: jnp.finfo(dtype).bits)
 
 
 def _dtype(leaf: Any) -> Any:
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-    # NumPy's default is float64, which JAX holds as float32 unless told otherwise.
+    # NumPy's default is float64, which JAX stores as float32 unless x64 is enabled.
     return jax.dtypes.canonicalize_dtype(dtype) if dtype == np.float64 else dtype
 
 
 def fill_with_zeros(gradient: Tree, params: optax.Params) -> Tree:
-    """A gradient of the floating part, with zeros in place of None, in the parameters' dtypes.
+    """Returns a gradient in the parameters' dtypes, with zeros in place of None.
 
     Random keys, which have no zero, get JAX's float0.
     """
@@ -77,7 +77,7 @@ def fill_with_zeros(gradient: Tree, params: optax.Params) -> Tree:
 
 
 def merge(floats: Tree, params: optax.Params) -> optax.Params:
-    """`params` with the leaves of their floating part taken from `floats`."""
+    """Returns `params` with the floating leaves taken from `floats`."""
     return jax.tree.map(lambda f, p: p if f is None else f, floats, params, is_leaf=_is_none)
 
 
@@ -86,7 +86,7 @@ def _is_none(leaf: Any) -> bool:
 
 
 def as_cotangent(gradient: Tree, params: optax.Params) -> Tree:
-    """A gradient of the floating part as JAX wants it: float0 in place of None."""
+    """Returns a gradient as a JAX cotangent of `params`, with float0 in place of None."""
 
     def fill(p: Any, g: Any) -> Any:
         return np.zeros(jnp.shape(p), jax.dtypes.float0) if g is None else jnp.asarray(g, _dtype(p))
@@ -95,7 +95,7 @@ def as_cotangent(gradient: Tree, params: optax.Params) -> Tree:
 
 
 def perturb(params: optax.Params, eps: Tree) -> optax.Params:
-    """`params + eps`, in float32 at least; leaves with None in `eps` stay as they are."""
+    """Returns `params + eps`, in float32 or wider; leaves with None in `eps` are unchanged."""
 
     def add(offset: Any, leaf: Any) -> Any:
         if offset is None:
@@ -107,7 +107,7 @@ def perturb(params: optax.Params, eps: Tree) -> optax.Params:
 
 
 def scale_to_norm(tree: Tree, norm: jax.typing.ArrayLike) -> Tree:
-    """The tree scaled to the given global L2 norm, leaf dtypes kept; zero for a zero tree.
+    """Returns the tree scaled to the given global L2 norm, in its dtypes; 0 for a zero tree.
 
     Every finite tree works: dividing by the largest magnitude before squaring keeps the squares of
     float32 values as small as 1e-21 or as large as 1e19 in range. An infinite or NaN leaf makes
@@ -139,14 +139,14 @@ def scale_to_norm(tree: Tree, norm: jax.typing.ArrayLike) -> Tree:
 
 
 def global_norm(tree: Tree) -> jax.Array:
-    """The L2 norm of the floating leaves together, in float32 at least."""
-    # The largest magnitude is taken out before squaring, as in `scale_to_norm`.
+    """Returns the L2 norm of all floating leaves together, in float32 or wider."""
+    # `scale_to_norm` keeps the squares in range.
     unit = scale_to_norm(float_part(tree), 1.0)
     return vdot(unit, tree)
 
 
 def vdot(a: Tree, b: Tree) -> jax.Array:
-    """The inner product of the floating leaves, in float32 at least."""
+    """Returns the inner product of the floating leaves, in float32 or wider."""
     pairs = zip(*(jax.tree.leaves(float_part(tree)) for tree in (a, b)), strict=True)
     dtype = at_least_float32(*map(_dtype, jax.tree.leaves(float_part(a))))
     products = [jnp.sum(jnp.asarray(x, dtype) * jnp.asarray(y, dtype)) for x, y in pairs]
@@ -154,19 +154,19 @@ def vdot(a: Tree, b: Tree) -> jax.Array:
 
 
 def orthogonal_part(tree: Tree, direction: Tree) -> Tree:
-    """What is left of a tree without its part along a direction."""
+    """Returns the tree without its part along a direction."""
     unit = scale_to_norm(direction, 1.0)
     along = vdot(tree, unit)
     return jax.tree.map(lambda x, u: x - jnp.asarray(along, x.dtype) * u, tree, unit)
 
 
 def fold(combine: Callable[[Any, Any], Any], scalars: list[jax.Array]) -> jax.Array:
-    """Combines the scalars of all leaves to one: their sum, or their maximum if none is negative.
+    """Combines scalars, one per leaf: to their sum, or to their maximum if none is negative.
 
-    What every leaf is then scaled by depends on all of them. XLA on CPU copies such a chain of
-    operations into the program of each leaf, and compiles in the square of their number, unless
-    there is a loop in between, which it cannot copy. One as long as the square root of their
-    number costs an accelerator little.
+    The factor that scales every leaf depends on all scalars. XLA on CPU copies such a chain of
+    operations into the program of each leaf, so the compile time grows with the square of the
+    number of leaves. It cannot copy a loop, so there is one here. The loop is as long as the square
+    root of the number of leaves, which costs little on an accelerator.
     """
     size = math.isqrt(len(scalars))
     parts = [scalars[i : i + size] for i in range(0, len(scalars), size)]
@@ -174,7 +174,7 @@ def fold(combine: Callable[[Any, Any], Any], scalars: list[jax.Array]) -> jax.Ar
     return _fold_in_a_loop(combine, stacked)
 
 
-# Compiled once for each length: outside of jit, a loop with a new body would be compiled anew.
+# jit compiles this once per length. Outside of jit, each call would compile its own loop body.
 @functools.partial(jax.jit, static_argnames="combine")
 def _fold_in_a_loop(combine: Callable[[Any, Any], Any], scalars: jax.Array) -> jax.Array:
     def add(i: jax.Array, total: jax.Array) -> jax.Array:
@@ -186,7 +186,7 @@ def _fold_in_a_loop(combine: Callable[[Any, Any], Any], scalars: jax.Array) -> j
 def for_base_optimizer(
     gradient: optax.Updates, grads: optax.Updates | None, params: optax.Params
 ) -> optax.Updates:
-    """The descent gradient in the parameters' dtypes; where they are not floating, `grads`."""
+    """Returns the descent gradient in the parameters' dtypes; other leaves come from `grads`."""
 
     def cast(p: Any, g: Any, fallback: Any) -> Any:
         return jnp.asarray(g, _dtype(p)) if is_floating(p) else fallback

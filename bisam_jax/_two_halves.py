@@ -1,4 +1,4 @@
-"""Two gradients that do not wait for each other, each on one half of the devices."""
+"""Two gradients computed in parallel, each on one half of the devices."""
 
 import functools
 from collections.abc import Callable
@@ -18,13 +18,13 @@ GradientFn = Callable[[Any, Any], optax.Updates]
 def on_two_halves(
     gradient: GradientFn, points: list, batches: list, axis: str
 ) -> tuple[optax.Updates, optax.Updates]:
-    """The gradients at two points on two batches, one on each half of the devices along `axis`.
+    """Returns the gradients at two points on two batches, one on each half of the devices.
 
     Args:
-        gradient: from parameters and a batch to the gradient of the floating parameters.
-        points: two, of the same types.
-        batches: two, of the same types.
-        axis: of the mesh in context, of size 2 and type Auto.
+        gradient: maps parameters and a batch to the gradient of the floating parameters.
+        points: two trees of parameters, of the same types.
+        batches: two batches, of the same types.
+        axis: name of an axis of the mesh in context, of size 2 and type Auto.
 
     Raises:
         ValueError: if there is no such axis.
@@ -32,8 +32,8 @@ def on_two_halves(
     _check_axis(axis)
     floats = [float_part(point) for point in points]
 
-    # Not vmap: XLA cannot split its convolutions over devices. Not checked: a loss that starts a
-    # loop from zeros would have to know of the axis.
+    # Not vmap, since XLA cannot split its convolutions over devices. No checks, since a loss that
+    # starts a loop from zeros would have to know the axis.
     @functools.partial(
         jax.shard_map,
         in_specs=P(axis),
@@ -48,22 +48,22 @@ def on_two_halves(
 
     pairs = zip(floats, batches, strict=True)
     both = of_this_half(jax.tree.map(functools.partial(_laid_out, axis), *pairs))
-    # One exchange between the halves; slices of what lies on a half would take several.
+    # One exchange between the halves: slicing the sharded arrays would take several.
     both = jax.tree.map(functools.partial(_on_axis, None), both)
     first, second = (jax.tree.map(lambda leaf, i=i: leaf[i], both) for i in (0, 1))
     return first, second
 
 
 def _laid_out(axis: str, first: jax.Array, second: jax.Array) -> jax.Array:
-    """Two arrays stacked, with one of them on each half of the devices."""
-    # A choice, which each device makes on its own: XLA would send the parts of a stack around.
+    """Returns two arrays stacked, one on each half of the devices."""
+    # Each device selects its array locally: for a stack, XLA would send parts between devices.
     half = jax.lax.broadcasted_iota(jnp.int32, (2,) + (1,) * jnp.ndim(first), 0)
     first, second = (jnp.expand_dims(x, 0) for x in (first, second))
     return jnp.where(_on_axis(axis, half) == 0, first, second)
 
 
 def _on_axis(axis: str | None, x: jax.Array) -> jax.Array:
-    """Lays the first axis of an array over a mesh axis, or all of it on both halves if None."""
+    """Shards the first axis of an array over a mesh axis, or puts it on both halves if None."""
     return jax.lax.with_sharding_constraint(x, P(axis, *[P.UNCONSTRAINED] * (x.ndim - 1)))
 
 

@@ -1,4 +1,4 @@
-"""The front door: every method as one step on a batch, from two loss functions."""
+"""`value_and_grad`, which makes a step on a batch from any method and two loss functions."""
 
 from typing import Any, Literal, Protocol, overload
 
@@ -87,56 +87,56 @@ def value_and_grad(
     r"""A sharpness-aware counterpart of :func:`jax.value_and_grad`, for every method.
 
     ``step = value_and_grad(tx, loss_fn, perturbation_loss_fn)`` makes one step of ``tx`` a function
-    of parameters, state and batch. ``step(params, state, batch)`` makes the clean pass, which
-    differentiates the perturbation loss (or the loss, without one) at ``params``, and whatever
-    passes ``tx`` makes elsewhere. It returns ``(value, grads, state)``, or ``((value, aux), grads,
-    state)`` with ``has_aux``: value and aux of the clean pass, the gradient for any optimizer, and
-    the next state of ``tx``.
+    of parameters, state and batch. ``step(params, state, batch)`` first makes the clean pass, which
+    differentiates the perturbation loss at ``params`` (or the loss, without a perturbation loss).
+    Then ``tx`` makes its passes at other points. The step returns ``(value, grads, state)``, or
+    ``((value, aux), grads, state)`` with ``has_aux``: value and aux of the clean pass, the gradient
+    for any optimizer, and the next state of ``tx``.
 
     Args:
-        tx: any method, such as :func:`bisam`; ``state`` starts as ``tx.init(params)``. If the base
-            optimizer is in it (it follows in a chain, or ``tx`` is :func:`sampa`), the second
-            output is the updates. The method comes first in a chain.
+        tx: any method, such as :func:`bisam`; ``state`` starts as ``tx.init(params)``. The method
+            must come first in a chain. If ``tx`` includes the base optimizer (later in the chain,
+            or in :func:`sampa`), the second output is the updates.
         loss_fn: the loss to descend. ``loss_fn(params, batch)`` returns one loss per example,
-            floating[batch], or their mean, a scalar. With losses per example every method works;
-            with a scalar, one that looks at single examples raises.
-        perturbation_loss_fn: the loss to ascend, likewise; by default the loss itself.
+            floating[batch], or their mean, a scalar. Every method works with losses per example.
+            With a scalar, methods that use single examples raise.
+        perturbation_loss_fn: the loss to ascend, in the same form; ``loss_fn`` by default.
         has_aux: whether the functions return ``(loss, aux)``. If there is a perturbation loss and
             no ``when``, ``loss_fn`` may return only the loss.
-        when: ``when(step)`` says whether to take the step of ``tx`` (a late start, or every k-th
-            step). Where it is false, the step returns the gradient of the loss at ``params``, with
-            value and aux of that pass and the state unchanged, at the cost of one gradient. The
-            step is then called with ``step=``, an integer.
+        when: ``when(step)`` says whether to take the step of ``tx`` (for a late start, or every
+            k-th step). If not, the step returns the gradient of the loss at ``params``, the value
+            and aux of that pass, and the state unchanged, at the cost of one gradient. With
+            ``when``, call the step with ``step=``, an integer.
         group_size: m of m-sharpness. Each group of ``group_size`` consecutive examples has its own
             perturbation, and the descent gradients are averaged. All groups are computed at once,
-            each with its own perturbed parameters; ``microbatch_size`` bounds that. Of the state's
-            leaves, floating ones are averaged over the groups, and others are the last group's.
-        microbatch_size: how many examples are in memory at a time. The step is that of the whole
+            each with its own perturbed parameters; ``microbatch_size`` limits this. Floating leaves
+            of the state are averaged over the groups; other leaves come from the last group.
+        microbatch_size: number of examples in memory at a time. The step is that of the whole
             batch: one perturbation from the mean ascent gradient, then the mean gradient there.
-            With ``group_size``, of which it must be a multiple, ``microbatch_size // group_size``
-            groups are computed at a time.
-        axis_name: inside :func:`jax.pmap` or :func:`jax.shard_map`, the axis over which the batch
-            is split. Value, gradient and state are then those of one device with the whole batch.
-            Both sizes count examples of one device; with ``group_size``, groups stay on their
-            devices, which exchange no more than a plain step does.
+            With ``group_size``, it must be a multiple of ``group_size``, and ``microbatch_size //
+            group_size`` groups are computed at a time.
+        axis_name: the axis over which the batch is split, inside :func:`jax.pmap` or
+            :func:`jax.shard_map`. Value, gradient and state are then those of one device with the
+            whole batch. Both sizes count the examples of one device. With ``group_size``, groups
+            stay on their devices, and the devices exchange no more than in a plain step.
 
     Returns:
         A pure function ``step(params, state, batch, *, step=None, **extra_args)``. ``batch`` is any
-        tree of arrays whose first axis is that of the examples. What a method needs beside the
-        losses is made from them; ``example_losses_fn`` or ``fisher_scores_fn`` in ``extra_args``
-        replace it. Of aux, leaves with an axis of examples in front keep the examples' order;
-        with groups, microbatches or devices, other leaves must be floating and are averaged. On
-        several devices, each has the examples of its own.
+        tree of arrays with the examples along their first axis. The step makes everything that a
+        method needs from the losses; ``example_losses_fn`` or ``fisher_scores_fn`` in
+        ``extra_args`` replace what it makes. Leaves of aux with a leading axis of examples keep the
+        order of the examples. With groups, microbatches or devices, other leaves of aux must be
+        floating, and are averaged. On several devices, each device returns its own examples.
 
     Raises:
-        ValueError: if ``axis_name`` is not mapped over; if a size is not a positive integer, or
-            does not divide the batch (or the other size); if an array of the batch has no axis of
-            examples, where they are split; if ``tx`` lacks what it needs; if a method is not the
-            first in its chain; if ``tx`` contains the base optimizer and there is ``group_size`` or
-            ``when``; if optax skips its steps and there is a perturbation loss; if ``step`` is
-            missing.
-        TypeError: if ``tx`` is no transformation, a loss function does not return what it should,
-            or an aux leaf can neither be joined nor averaged.
+        ValueError: if ``axis_name`` is not a mapped axis; if a size is not a positive integer, or
+            does not divide the batch (or the other size); if an array of a batch that is split has
+            no axis of examples; if an argument that ``tx`` needs is missing; if a method is not the
+            first in its chain; if ``tx`` contains the base optimizer and ``group_size`` or ``when``
+            is given; if optax may skip steps of ``tx`` and there is a perturbation loss; if
+            ``step`` is missing with ``when``.
+        TypeError: if ``tx`` is not a transformation, a loss function does not return what it
+            should, or a leaf of aux can be neither joined nor averaged.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -158,11 +158,11 @@ def value_and_grad(
         Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
         <https://arxiv.org/abs/2010.01412>`_, 2021, for m-sharpness
 
-    .. note:: m is part of the algorithm and not of the hardware: the same batch gives the same
-        numbers on any number of devices. Batch normalisation, by contrast, sees one group or
-        microbatch at a time. A method that does not differentiate at ``params`` (:func:`sampa`,
-        :func:`tilted_sam`) pays one forward pass for value and aux, or nothing under
-        :func:`jax.jit` if they are not used.
+    .. note:: m is part of the algorithm, not of the hardware: the same batch gives the same numbers
+        on any number of devices. Batch normalisation, however, sees one group or microbatch at a
+        time. For a method that does not differentiate at ``params`` (:func:`sampa`,
+        :func:`tilted_sam`), value and aux cost one forward pass, or nothing under :func:`jax.jit`
+        if they are not used.
     """
     check_transformation("tx", tx)
     _check_options(when, group_size, microbatch_size, axis_name)
@@ -241,12 +241,13 @@ def _check_call(extra_args: dict[str, Any], when: Any, step: Any, group_size: in
         raise ValueError("step is missing: with when, call step(..., step=step).")
     if group_size is not None and "example_losses_fn" in extra_args:
         raise ValueError(
-            "example_losses_fn cannot be replaced with group_size: it would not know its group."
+            "example_losses_fn cannot be passed with group_size, since it does not know its group: "
+            "leave out one of them."
         )
     own = ("loss_fn", "grad_fn", "perturbation_loss_fn", "perturbation_grads", "batch_loss_fn")
     for name in (*own, "batch_perturbation_loss_fn"):
         if name in extra_args:
             raise ValueError(
-                f"{name} cannot be passed to the step, which was made with its losses: call "
+                f"{name} cannot be passed to the step, which already has its losses: pass them to "
                 "value_and_grad(tx, loss_fn, perturbation_loss_fn)."
             )

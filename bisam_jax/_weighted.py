@@ -1,4 +1,4 @@
-"""Weighted SAM: sharpness as a regulariser with a weight of its own."""
+"""Weighted SAM: sharpness as a regulariser with its own weight."""
 
 from typing import Any
 
@@ -28,17 +28,17 @@ def weighted_sam(
 
     Args:
         rho: radius of the ball: a scalar, possibly traced, or a schedule.
-        gamma: weight of the sharpness, a scalar in [0, 1), possibly traced. With 0 this is the
-            plain gradient, with 0.5 SAM, and beyond it extrapolates.
+        gamma: weight of the sharpness, a scalar in [0, 1), possibly traced. With 0, this is the
+            plain gradient; with 0.5, SAM; above 0.5, it extrapolates beyond SAM.
         perturbation: replaces the ball of radius ``rho``.
 
     Returns:
-        A transformation whose ``update`` takes what that of :func:`sharpness_aware` takes.
+        A transformation whose ``update`` takes the arguments listed in :func:`sharpness_aware`.
         :math:`g` is ``grads``, or is computed if ``grads`` is None.
 
     Raises:
-        TypeError, ValueError: as :func:`sharpness_aware`; for a ``gamma`` outside [0, 1); if both
-            ``rho`` and ``perturbation`` are given.
+        TypeError, ValueError: as :func:`sharpness_aware`; also if ``gamma`` is outside [0, 1), or
+            both ``rho`` and ``perturbation`` are given.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -54,8 +54,8 @@ def weighted_sam(
         Term <https://arxiv.org/abs/2305.15817>`_, 2023
 
     .. note:: Two gradients per step, three with a perturbation loss; no state. With an adaptive
-        base optimizer the authors apply the sharpness term outside of it; here the base optimizer
-        sees the whole gradient. With SGD without momentum the two are the same.
+        base optimizer, the authors apply the sharpness term outside of it. Here, the base optimizer
+        sees the whole gradient. With SGD without momentum, both are the same.
     """
     check_scalar("gamma", gamma, minimum=0.0, maximum=1.0, exclusive_maximum=True)
     ball = l2_ball_unless(perturbation, rho)

@@ -1,6 +1,6 @@
 """Margins, lower bounds of the 0-1 loss, and BiSAM's perturbation loss.
 
-Everything here is per example, as in `optax.losses`: the caller takes the mean.
+Every function works per example, as in `optax.losses`: the caller takes the mean.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def margins(
     *,
     axis: int = -1,
 ) -> Float[Array, "*batch classes"]:
-    r"""How far each class's logit is above the true one's.
+    r"""Returns how far each class's logit is above the logit of the true class.
 
     With :math:`f` the ``logits`` and :math:`y` the ``labels``, returns
     :math:`F_j = f_j - f_y`. A positive entry is a class the model prefers to the true one, and
@@ -39,12 +39,12 @@ def margins(
 
     Args:
         logits: unnormalised log probabilities, floating, with the classes along ``axis``.
-        labels: integers in ``[0, classes)``, of the shape of ``logits`` without ``axis``. A traced
-            label outside of them gives NaN.
-        axis: where the classes are.
+        labels: integers in ``[0, classes)``, in the shape of ``logits`` without ``axis``. A traced
+            label outside this range gives NaN.
+        axis: axis of the classes.
 
     Returns:
-        An array of the shape of ``logits``, float32 for narrower logits.
+        An array in the shape of ``logits``; float32 if ``logits`` are narrower, else their dtype.
 
     Raises:
         TypeError: if ``logits`` are not floating or ``labels`` not integers.
@@ -62,8 +62,9 @@ def margins(
     labels = jnp.expand_dims(jnp.where(labels < 0, logits.shape[axis], labels), axis)
     true_logit = jnp.take_along_axis(logits, labels, axis=axis)
     classes = jax.lax.broadcasted_iota(labels.dtype, logits.shape, axis % logits.ndim)
-    # The true class is a constant: subtracting its logit from itself would leave, in the
-    # gradient, a difference of equal large terms that drowns the tiny ones of a confident example.
+    # The margin of the true class is a constant. Subtracting its logit from itself would leave a
+    # difference of equal large terms in the gradient, which drowns the tiny terms of a confident
+    # example.
     return jnp.where(classes == labels, 0.0, logits - true_logit)
 
 
@@ -77,7 +78,7 @@ def log_lower_bound(x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
         x: margins, floating, of any shape.
 
     Returns:
-        An array of the shape of ``x``, float32 for narrower ``x``.
+        An array in the shape of ``x``; float32 if ``x`` is narrower, else the dtype of ``x``.
 
     Examples:
         >>> import jax.numpy as jnp
@@ -90,7 +91,7 @@ def log_lower_bound(x: Float[ArrayLike, "..."]) -> Float[Array, "..."]:
         <https://arxiv.org/abs/2407.12993>`_, 2024, section 4.
 
     .. note:: The authors' code takes :math:`\phi(x) = x + 1 - \gamma` for
-        :math:`x < \gamma - 20`, which is 2e-9 more.
+        :math:`x < \gamma - 20`, which is larger by 2e-9.
     """
     x = _at_least_float32(jnp.asarray(x))
     # phi = -log(1/e + (1 - 1/e) exp(-x)), in two branches so that no exponential overflows, and
@@ -111,7 +112,7 @@ def tanh_lower_bound(x: Float[ArrayLike, "..."], alpha: ArrayLike = 0.1) -> Floa
         alpha: a positive scalar, possibly traced.
 
     Returns:
-        An array of the shape of ``x``, float32 for narrower ``x``.
+        An array in the shape of ``x``; float32 if ``x`` is narrower, else the dtype of ``x``.
 
     Raises:
         ValueError: if a concrete ``alpha`` is not a positive finite scalar.
@@ -147,30 +148,31 @@ def perturbation_loss(
 
     .. math:: Q = \frac{1}{\mu} \log \sum_j e^{\mu \phi(F_j)},
 
-    where :math:`j` runs over all classes, the true one included: what the player who picks the
-    perturbation maximises. It exceeds :math:`\max_j \phi(F_j)`, which is a lower bound of the 0-1
-    loss, by at most :math:`\log(K)/\mu` for :math:`K` classes.
+    where :math:`j` runs over all classes, including the true one. The perturbation maximises this
+    loss. :math:`Q` exceeds :math:`\max_j \phi(F_j)`, which is a lower bound of the 0-1 loss, by at
+    most :math:`\log(K)/\mu` for :math:`K` classes.
 
     Args:
         logits: unnormalised log probabilities, floating, with the classes along ``axis``.
-        labels: integers in ``[0, classes)``, of the shape of ``logits`` without ``axis``; any
-            integer, such as the -100 of padded tokens, where ``where`` leaves no class.
-        lower_bound: any function from margins to an array of their shape.
-            :func:`log_lower_bound` by default; for the paper's tanh variant, with its slope:
+        labels: integers in ``[0, classes)``, in the shape of ``logits`` without ``axis``. An
+            example with no class left by ``where`` may have any integer, such as -100 for a padded
+            token.
+        lower_bound: a function that maps margins to an array of their shape;
+            :func:`log_lower_bound` by default. For the paper's tanh variant with its slope, use
             ``functools.partial(tanh_lower_bound, alpha=0.1)`` and ``mu=10``.
         mu: a positive scalar, possibly traced; the larger, the closer to the maximum.
-        axis: where the classes are.
-        where: which classes take part: booleans of the shape of ``logits`` or ``labels``, as in
-            :func:`optax.losses.softmax_cross_entropy`. An example with no class left gives 0:
+        axis: axis of the classes.
+        where: classes that take part: booleans in the shape of ``logits`` or ``labels``, as in
+            :func:`optax.losses.softmax_cross_entropy`. An example with no class left gives 0, so
             ``where=labels != -100`` leaves out padded tokens.
 
     Returns:
-        An array of the shape of ``labels``, float32 for narrower logits. Values and gradients
-        are finite for all finite logits.
+        An array in the shape of ``labels``; float32 if ``logits`` are narrower, else their dtype.
+        Values and gradients are finite for all finite logits.
 
     Raises:
-        TypeError: if ``logits`` are not floating, ``labels`` not integers, ``where`` not booleans,
-            or ``lower_bound`` is no function.
+        TypeError: if ``logits`` are not floating, ``labels`` are not integers, ``where`` are not
+            booleans, or ``lower_bound`` is not a function.
         ValueError: if the shapes do not fit, a concrete label is outside ``[0, classes)``, or a
             concrete ``mu`` is not a positive finite scalar.
 
@@ -189,8 +191,8 @@ def perturbation_loss(
         Xie et al., `Improving SAM Requires Rethinking its Optimization Formulation
         <https://arxiv.org/abs/2407.12993>`_, 2024, section 4.
 
-    .. note:: The authors' published code leaves out :math:`1/\mu`; the direction of the gradient,
-        all that a normalised perturbation uses, is the same.
+    .. note:: The authors' published code leaves out :math:`1/\mu`. This does not change the
+        direction of the gradient, and a normalised perturbation uses only the direction.
     """
     check_scalar("mu", mu, minimum=0.0, exclusive=True)
     if not callable(lower_bound):
@@ -204,13 +206,13 @@ def perturbation_loss(
         labels = where_any_class(where, labels, axis)
     margin = margins(logits, labels, axis=axis)
     if where is not None:
-        # Masked logits may be infinite: they go before phi, to keep NaN out of the gradient.
-        # Without the true class, even the largest margin may be beyond the range.
+        # Masked logits may be infinite. Removing them before phi keeps NaN out of the gradient.
+        # If the true class is masked, even the largest margin may be out of range.
         limit = jnp.finfo(margin.dtype).max
         margin = jnp.clip(jnp.where(where, margin, 0.0), -limit, limit)
     elif lower_bound is log_lower_bound and isinstance(mu, (int, float)) and mu == 1:
-        # The paper's default needs one exponential per class instead of two and a logarithm, and
-        # so costs little more than the cross-entropy.
+        # The paper's default needs one exponential per class instead of two and a logarithm, so
+        # it costs little more than the cross-entropy.
         return jnp.log(jnp.sum(_exp_log_lower_bound(margin), axis=axis))
     bounds = lower_bound(margin)
     if not is_floating_array(bounds) or jnp.shape(bounds) != margin.shape:
@@ -223,7 +225,7 @@ def perturbation_loss(
 
 @jax.custom_jvp
 def _exp_log_lower_bound(x: jax.Array) -> jax.Array:
-    """`exp(log_lower_bound(x))`, that is 1 / (1/e + (1 - 1/e) exp(-x))."""
+    """Returns `exp(log_lower_bound(x))`, which is 1 / (1/e + (1 - 1/e) exp(-x))."""
     return 1 / (_INVERSE_E + _decay(x))
 
 
@@ -241,14 +243,14 @@ def _decay(x: jax.Array) -> jax.Array:
 
 
 def _lowest(x: jax.Array) -> float:
-    """Where exp(x) leaves the range of normal numbers: -87 in float32."""
+    """Returns the lowest integer x for which exp(x) is a normal number: -87 in float32."""
     return math.ceil(math.log(jnp.finfo(x.dtype).tiny))
 
 
 def _smooth_max(
     x: jax.Array, mu: ArrayLike, axis: int, where: jax.Array | np.ndarray | None
 ) -> jax.Array:
-    """`logsumexp(mu * x) / mu`, finite also where `mu * x` is not; 0 over no elements."""
+    """Returns `logsumexp(mu * x) / mu`, finite even if `mu * x` is not; 0 for no elements."""
     mu = jnp.asarray(mu, x.dtype)
     largest = jnp.max(x, axis=axis, keepdims=True, where=where, initial=-jnp.inf)
     largest = jax.lax.stop_gradient(jnp.where(jnp.isneginf(largest), 0.0, largest))

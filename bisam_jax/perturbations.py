@@ -1,10 +1,10 @@
-"""Perturbations: optax transformations from the ascent gradient to eps.
+"""Perturbations: optax transformations that map the ascent gradient to eps.
 
-`update(gradient, state, params)` returns the perturbation itself: what is added to the parameters,
-pointing uphill, and not a descent update. Pipelines are an `optax.chain` ending in a ball:
-`optax.transforms.freeze(mask)` before it perturbs only some leaves, and
-`optax.stateless(lambda g, _: jax.lax.pmean(g, axis_name))` before it gives all devices the same
-perturbation.
+`update(gradient, state, params)` returns the perturbation itself. It points uphill and is added to
+the parameters; it is not a descent update. A pipeline is an `optax.chain` that ends in a ball:
+`optax.transforms.freeze(mask)` before the ball perturbs only some leaves, and
+`optax.stateless(lambda g, _: jax.lax.pmean(g, axis_name))` before the ball gives all devices the
+same perturbation.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from bisam_jax._trees import scale_to_norm
 
 
 class ScheduledRadiusState(NamedTuple):
-    """State of a ball whose radius follows a schedule; with a constant radius there is none.
+    """State of a ball whose radius follows a schedule; a ball of constant radius has no state.
 
     Attributes:
         radius_count: int32 scalar, the number of perturbations made so far.
@@ -29,7 +29,7 @@ class ScheduledRadiusState(NamedTuple):
 
 
 def l2_ball(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
-    r"""The worst point of a ball, to first order (SAM, BiSAM).
+    r"""Perturbation to the worst point of a ball, to first order (SAM, BiSAM).
 
     With :math:`g` the incoming gradient and :math:`\rho` (``rho``), returns
 
@@ -42,7 +42,7 @@ def l2_ball(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArg
             schedule, called with the number of perturbations made so far.
 
     Returns:
-        A transformation whose updates are the perturbation, of the gradient's dtypes.
+        A transformation whose updates are the perturbation, in the gradient's dtypes.
 
     Raises:
         TypeError: if ``rho`` is neither a real number nor a callable.
@@ -60,9 +60,10 @@ def l2_ball(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArg
         Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
         <https://arxiv.org/abs/2010.01412>`_, 2021
 
-    .. note:: No gradients of its own; state only for a schedule, one counter. Published codes add
-        1e-12 or so to the norm; here nothing is added, so that a gradient of 1e-21 in float32 still
-        gives a perturbation of norm ``rho``. Infinities and NaN make all of the perturbation NaN.
+    .. note:: Computes no gradients; state: one counter for a schedule, otherwise none. Published
+        codes add about 1e-12 to the norm. Here nothing is added, so a gradient of 1e-21 in float32
+        still gives a perturbation of norm ``rho``. An infinity or NaN makes the whole perturbation
+        NaN.
     """
     return _ball(rho, lambda gradient, radius, params: scale_to_norm(gradient, radius))
 
@@ -72,7 +73,7 @@ def adaptive_l2_ball(
     eta: jax.typing.ArrayLike = 0.01,
     where: optax.Params | Callable[[optax.Params], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""The worst point of an ellipsoid whose axes follow each weight's size (ASAM).
+    r"""Perturbation to the worst point of an ellipsoid with axes of the weights' sizes (ASAM).
 
     With :math:`g` the incoming gradient, :math:`T = |w| + \eta` (``eta``) and :math:`\rho`
     (``rho``), returns
@@ -86,16 +87,17 @@ def adaptive_l2_ball(
         rho: radius relative to the weights' sizes: a scalar, possibly traced, or a schedule,
             called with the number of perturbations made so far.
         eta: added to each weight's size; a scalar >= 0, possibly traced.
-        where: which leaves get :math:`T`; elsewhere :math:`T = 1`. A tree of booleans with the
-            structure of the parameters or a prefix of it, or a function from the parameters to
-            one; all leaves by default. Under ``optax.inject_hyperparams``, which takes functions
-            for schedules, name it in ``static_args``.
+        where: leaves that use :math:`T`; other leaves use :math:`T = 1`. A tree of booleans with
+            the structure of the parameters or a prefix of it, or a function that maps the
+            parameters to such a tree; all leaves by default. Under ``optax.inject_hyperparams``,
+            which takes functions for schedules, name it in ``static_args``.
 
     Returns:
         A transformation whose updates are the perturbation; its ``update`` needs ``params``.
 
     Raises:
-        TypeError: if ``rho`` is neither a real number nor a callable, or ``eta`` no real number.
+        TypeError: if ``rho`` is neither a real number nor a callable, or ``eta`` is not a real
+            number.
         ValueError: if a concrete ``rho`` or ``eta`` is not a finite scalar >= 0; in ``update``, if
             ``params`` is missing or ``where`` does not fit it.
 
@@ -112,10 +114,11 @@ def adaptive_l2_ball(
         Kwon et al., `ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of
         Deep Neural Networks <https://arxiv.org/abs/2102.11600>`_, 2021
 
-    .. note:: No gradients of its own; state only for a schedule, one counter. The ASAM authors'
-        code scales the arrays named "weight" and not biases: pass
-        ``where=lambda params: jax.tree.map(lambda w: w.ndim > 1, params)`` for that, in models
-        without normalisation scales. The BiSAM authors' adaptive variant is ``eta=0``.
+    .. note:: Computes no gradients; state: one counter for a schedule, otherwise none. The ASAM
+        authors' code scales the arrays named "weight", not biases. For the same in models without
+        normalisation scales, pass
+        ``where=lambda params: jax.tree.map(lambda w: w.ndim > 1, params)``. The BiSAM authors'
+        adaptive variant has ``eta=0``.
     """
     check_scalar("eta", eta, minimum=0.0)
 
@@ -124,10 +127,11 @@ def adaptive_l2_ball(
     ) -> optax.Updates:
         if params is None:
             raise ValueError(
-                "adaptive_l2_ball needs the parameters: call update(gradient, state, params)."
+                "adaptive_l2_ball needs the parameters, got None: call "
+                "update(gradient, state, params)."
             )
         check_same_structure("the gradient", gradient, params)
-        # First to unit norm, so that neither large nor small gradients leave the range.
+        # Scaling to unit norm first keeps both large and small gradients in range.
         gradient = scale_to_norm(gradient, 1.0)
         sizes = _sizes(params, gradient, eta, where)
         scaled = jax.tree.map(lambda size, g: size * g, sizes, gradient)
@@ -140,7 +144,7 @@ def _ball(
     rho: optax.ScalarOrSchedule,
     worst_point: Callable[[optax.Updates, Any, optax.Params | None], optax.Updates],
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation by `worst_point(gradient, radius, params)` that keeps the radius's count."""
+    """Returns a transformation from `worst_point(gradient, radius, params)`, with a step count."""
     if not callable(rho):
         check_scalar("rho", rho, minimum=0.0)
 
@@ -161,7 +165,9 @@ def _ball(
             return worst_point(updates, rho, params), state
         radius = rho(state.radius_count)
         if jnp.shape(radius) != ():
-            raise ValueError(f"rho must return a scalar, got shape {jnp.shape(radius)}.")
+            raise ValueError(
+                f"the schedule rho must return a scalar, got shape {jnp.shape(radius)}."
+            )
         eps = worst_point(updates, radius, params)
         count = jnp.asarray(optax.safe_increment(state.radius_count))
         return eps, ScheduledRadiusState(count)
@@ -170,7 +176,7 @@ def _ball(
 
 
 def _sizes(params: optax.Params, gradient: optax.Updates, eta: Any, where: Any) -> optax.Params:
-    """T of each leaf, in the gradient's dtype."""
+    """Returns T for each leaf, in the gradient's dtype."""
     mask = True if where is None else where(params) if callable(where) else where
 
     def size(use: Any, w: jax.Array, g: jax.Array) -> jax.Array:

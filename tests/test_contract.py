@@ -166,7 +166,7 @@ def test_grads_are_the_gradient_of_the_loss_or_none(method, q):
 def test_the_gradient_of_q_stands_for_q(method):
     with_q = two_steps(method, 0.5, "function")
     if not method.takes_gradient_of_q:
-        with pytest.raises(ValueError, match="perturbation_grads holds at params"):
+        with pytest.raises(ValueError, match="perturbation_grads is valid only at params"):
             two_steps(method, 0.5, "gradient")
         return
     for grads in (True, False):
@@ -177,7 +177,7 @@ def test_the_gradient_of_q_stands_for_q(method):
 @each_method
 def test_q_is_what_is_ascended(method):
     if method.needs_q:
-        with pytest.raises(ValueError, match=r"bisam ascends Q, and there is none: .* use sam"):
+        with pytest.raises(ValueError, match=r"bisam needs a perturbation loss .* use sam"):
             method.make(0.5).update(GRADS, start(method), PARAMS, **arguments_of(BATCH))
         return
     with_q, without = two_steps(method, 0.5, "function"), two_steps(method, 0.5)
@@ -256,7 +256,7 @@ STRUCTURAL = [(method, name) for method in METHODS.values() for name in method.s
 def test_what_shapes_the_program_cannot_be_traced(method, name):
     injected = optax.inject_hyperparams(method.make)(rho=0.1)
     state = injected.init(PARAMS)
-    with pytest.raises(TypeError, match=f"{name} shapes the program.*static_args='{name}'"):
+    with pytest.raises(TypeError, match=f"{name} sets array shapes.*static_args='{name}'"):
         jax.jit(lambda s: update(method, injected, s, PARAMS, GRADS))(state)
 
 
@@ -482,7 +482,7 @@ def test_structures_and_leaves_that_are_not_floating(method):
 @each_method
 def test_masked_around_it_says_what_to_do(method):
     mask = {"hidden": True, "head": False}
-    with pytest.raises(ValueError, match=r"freeze the others before the ball"):
+    with pytest.raises(ValueError, match=r"freeze the other leaves before the ball"):
         optax.masked(method.make(rho=0.1), mask).init(PARAMS)
 
 
@@ -520,7 +520,7 @@ ERRORS = [
     (
         {"loss_fn": None, "grad_fn": lambda p: p["head"]},
         ValueError,
-        "what grad_fn returned does not match params",
+        "the output of grad_fn does not match params",
     ),
     (
         {"params": jax.tree.map(lambda p: p.astype(jnp.complex64), PARAMS)},

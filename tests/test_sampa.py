@@ -269,7 +269,7 @@ COMPLETE = {"loss_fn": None, "batch_loss_fn": shifted_loss, "batch": W}
         (
             lambda: descent(SAMPA, **COMPLETE | {"batch": np.ones(3)}),
             ValueError,
-            r"batch must be like the batch_like .* float\d+\[2\], got float\d+\[3\]",
+            r"batch must match the batch_like .* float\d+\[2\], got float\d+\[3\]",
         ),
         (
             lambda: descent(BILEVEL, **COMPLETE),

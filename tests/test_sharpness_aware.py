@@ -62,7 +62,7 @@ def test_bisam_on_a_quadratic(q, grads):
 @each_grads
 @pytest.mark.parametrize("q", [{}, {"perturbation_loss_fn": None}, {"perturbation_grads": None}])
 def test_bisam_insists_on_a_perturbation_loss(q, grads):
-    with pytest.raises(ValueError, match=r"bisam ascends Q, and there is none.*use sam"):
+    with pytest.raises(ValueError, match=r"bisam needs a perturbation loss.*use sam"):
         descent(bisam(0.3), grads=grads, **q)
 
 

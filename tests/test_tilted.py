@@ -150,7 +150,7 @@ def test_bilevel_through_value_and_grad(sizes):
         (
             lambda: descent(tilted_sam(), noise=jnp.ones((2, 2))),
             ValueError,
-            r"noise, less its leading axis of num_samples, does not match .* \(2, 2\)",
+            r"noise, which needs a leading axis of num_samples, does not match .* \(2, 2\)",
         ),
         (
             lambda: descent(tilted_sam(), loss_fn=None, grad_fn=gradient),

@@ -336,7 +336,7 @@ def by_group_with_optimizer():
         (
             {"group_size": 4, "extra": {"example_losses_fn": lambda p, i=None: p}},
             ValueError,
-            "example_losses_fn cannot be replaced with group_size",
+            "example_losses_fn cannot be passed with group_size",
         ),
         (
             {
