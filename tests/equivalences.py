@@ -4,11 +4,9 @@ import functools
 
 import chex
 import jax
-import numpy as np
 import optax
-import pytest
 
-from bisam_jax import sam, value_and_grad
+from bisam_jax import sam
 from tests.compiled import quick_jit
 from tests.problems import (
     loss_of_batch,
@@ -18,8 +16,6 @@ from tests.problems import (
 )
 
 PARAMS, BATCH = mlp_params(), mlp_batch()
-
-each_size = pytest.mark.parametrize("sizes", [{}, {"microbatch_size": 4}, {"group_size": 16}])
 
 
 def batch_loss(params):
@@ -58,12 +54,3 @@ def assert_is_sam(tx):
         actual, state = update(tx, state, params)
         expected, _ = update(SAM, SAM.init(params), params)
         chex.assert_trees_all_close(actual, expected, rtol=2e-5, atol=1e-6)
-
-
-def assert_bilevel_through_value_and_grad(tx, sizes):
-    """`value_and_grad` gives `tx` all that it needs to ascend Q, in whatever parts."""
-    step = quick_jit(value_and_grad(tx, loss_of_batch, perturbation_loss_of_batch, **sizes))
-    value, grads, _ = step(PARAMS, tx.init(PARAMS), BATCH)
-    expected, _ = update(tx, tx.init(PARAMS), PARAMS, batch_perturbation_loss)
-    chex.assert_trees_all_close(grads, expected, rtol=5e-5, atol=1e-6)
-    np.testing.assert_allclose(value, batch_perturbation_loss(PARAMS), rtol=1e-5)

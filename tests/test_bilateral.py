@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 
 from bisam_jax import adaptive_l2_ball, bilateral_sam
-from tests.equivalences import assert_bilevel_through_value_and_grad, each_size
 from tests.quadratic import (
     GRADIENT,
     W,
@@ -60,14 +59,6 @@ def test_schedules_of_both_radii():
         down = gradient(W - rho_min * unit(GRADIENT))
         ratio = np.linalg.norm(up) / np.linalg.norm(down)
         np.testing.assert_allclose(actual, up + GRADIENT - ratio * down, rtol=1e-12)
-
-
-BILATERAL = bilateral_sam(0.3, 0.1)
-
-
-@each_size
-def test_bilevel_through_value_and_grad(sizes):
-    assert_bilevel_through_value_and_grad(BILATERAL, sizes)
 
 
 def test_errors():

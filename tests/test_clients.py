@@ -119,6 +119,7 @@ class NnxNet(nnx.Module):
         return self.head(nnx.relu(self.norm(self.hidden(x))))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_nnx_through_its_optimizer():
     model = NnxNet(nnx.Rngs(0))
@@ -158,6 +159,7 @@ def test_nnx_through_its_optimizer():
     chex.assert_trees_all_close(nnx.state(model, nnx.Param), expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_nnx_optimizer_with_the_step_in_its_chain():
     model = NnxNet(nnx.Rngs(0))
     # Split from a twin: the optimizer moves the variables of the model in place.
@@ -203,6 +205,7 @@ class EquinoxNet(eqx.Module):
         return self.head(jax.nn.relu(x)), state
 
 
+@pytest.mark.slow
 def test_equinox():
     model, statistics = eqx.filter_jit(eqx.nn.make_with_state(EquinoxNet))(jax.random.key(0))
     params, static = eqx.partition(model, eqx.is_inexact_array)

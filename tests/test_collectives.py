@@ -119,11 +119,13 @@ def test_a_synchronised_perturbation_sends_one_more(method, q):
     assert collectives(compiled(step_of(method, q), method)) == 2 * ONE_GRADIENT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group_size", [8, 4])
 def test_groups_that_fit_a_device_send_what_a_plain_step_sends(group_size):
     assert collectives(compiled(step_of(BISAM, group_size=group_size), BISAM)) == ONE_GRADIENT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize(
     ("options", "gradients"),
@@ -160,6 +162,7 @@ SENT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "gradients"), SENT.items(), ids=SENT)
 def test_what_is_sent_does_not_grow_with_the_devices(name, gradients):
     method = SAMPA if name == "sampa" else METHODS[name]
@@ -213,6 +216,7 @@ def program_with_parts_of_the_parameters(method, devices):
 SHARDED = ["bisam", "gsam", "friendly", "sparse dynamic"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [METHODS[name] for name in SHARDED], ids=SHARDED)
 def test_parameters_in_parts_stay_in_parts(method):
     (whole, whole_args), (parts, args) = (
@@ -229,6 +233,7 @@ def test_parameters_in_parts_stay_in_parts(method):
     chex.assert_trees_all_close(*map(jax.device_get, results), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_types_on_a_mesh_with_explicit_axes(method):
     """Traced only: where the parameters lie is part of their types."""

@@ -113,6 +113,7 @@ def test_an_unused_clean_gradient_costs_nothing_under_jit():
     assert flops(step, tx) / flops_of_a_gradient() == pytest.approx(2.00, rel=0.01)
 
 
+@pytest.mark.slow
 def test_groups_cost_two_gradients_too():
     tx = bisam(0.1)
     step = value_and_grad(tx, loss_fn, perturbation_loss_fn, group_size=8)
@@ -135,6 +136,7 @@ FAMILY = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "q"),
     [(bisam, perturbation_loss_fn), (sam, None), (gsam, None)],
@@ -198,6 +200,7 @@ def test_look_computes_the_second_gradient_every_kth_step(q):
         assert len(evaluated) == (2 + (q is not None) if i % 3 == 0 else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "q", "gradients"), FAMILY.values(), ids=FAMILY)
 def test_gradients_of_the_family(make, q, gradients):
     tx = make()
@@ -206,6 +209,7 @@ def test_gradients_of_the_family(make, q, gradients):
     assert ratio == pytest.approx(gradients, rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [False, True])
 def test_tilted_is_two_gradients_a_sample(together):
     tx = tilted_sam(0.1, num_samples=2, together=together)
@@ -218,6 +222,7 @@ def test_tilted_is_two_gradients_a_sample(together):
     assert flops(step, tx) / flops_of_a_gradient() == pytest.approx(4, rel=0.06)
 
 
+@pytest.mark.slow
 def test_tilted_needs_the_memory_of_one_sample():
     memory = {}
     for num_samples, together in ((1, False), (6, False), (6, True)):
@@ -232,6 +237,7 @@ def test_tilted_needs_the_memory_of_one_sample():
     assert memory[6, True] > 3 * memory[1, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [0.25, 0.5, 1.0])
 def test_efficient_is_a_gradient_a_forward_pass_and_gamma_of_a_gradient(gamma):
     tx = efficient_sam(0.1, beta=0.5, gamma=gamma)
@@ -261,6 +267,7 @@ def test_efficient_is_a_gradient_a_forward_pass_and_gamma_of_a_gradient(gamma):
     assert flops(step, tx) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.slow
 def test_sampa_is_two_gradients():
     tx = sampa(optax.sgd(0.1, momentum=0.9), 0.1, batch_like=BATCH)
     calls = []
@@ -276,6 +283,7 @@ def test_sampa_is_two_gradients():
     assert calls == [BATCH["x"].shape] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [bisam, gsam])
 def test_skipped_steps_compute_no_second_gradient(make):
     """SAM every other step, and late SAM: the perturbed pass is evaluated only when due."""
@@ -301,6 +309,7 @@ def test_skipped_steps_compute_no_second_gradient(make):
                 chex.assert_trees_all_equal(out, grads)
 
 
+@pytest.mark.slow
 def test_microbatches_save_memory():
     tx = bisam(0.1)
     whole, parts = (
@@ -317,6 +326,7 @@ def big_loss(params, batch):
     return jnp.square(batch["x"] @ params["w"]).mean()
 
 
+@pytest.mark.slow
 def test_one_extra_copy_of_the_parameters_during_a_step():
     params = {"w": jax.ShapeDtypeStruct((2048, 2048), jnp.float32)}
     batch = {"x": jax.ShapeDtypeStruct((8, 2048), jnp.float32)}

@@ -39,6 +39,7 @@ def test_eight_devices_are_there():
     assert jax.device_count() == 8
 
 
+@pytest.mark.slow
 @each_method
 def test_jit_with_a_sharded_batch(method):
     tx, mesh = method.make(rho=0.3), mesh_of()
@@ -75,6 +76,7 @@ def step_of_wide(method):
     return step, step(WIDE)[0]
 
 
+@pytest.mark.slow
 @each_method
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 def test_jit_with_sharded_parameters(method, kind):
@@ -107,6 +109,7 @@ PER_DEVICE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tx", "sizes"), PER_DEVICE.values(), ids=PER_DEVICE)
 @pytest.mark.parametrize("way", ["pmap", "shard_map"])
 def test_a_step_per_device(tx, sizes, way):
@@ -124,6 +127,7 @@ def test_a_step_per_device(tx, sizes, way):
     chex.assert_trees_all_close(grads, one_device(**sizes), **CLOSE)
 
 
+@pytest.mark.slow
 def test_vmap_over_an_axis_with_a_name_is_one_step_too():
     step = value_and_grad(BISAM, losses_of_batch, perturbation_losses_of_batch, axis_name="data")
     mapped = jax.vmap(step, (None, None, 0), axis_name="data")
@@ -159,6 +163,7 @@ def test_aux_on_devices(check_vma):
     chex.assert_trees_all_close(aux, expected, **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_batch_with_keys_on_devices():
     """Each example's own, as for dropout; the chosen examples take theirs along."""
     tx = bisam_jax.efficient_sam(0.3, gamma=0.5)
@@ -176,6 +181,7 @@ def test_a_batch_with_keys_on_devices():
     chex.assert_trees_all_close(parts[:2], whole[:2], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_fisher_scores_under_shard_map():
     def sums(params, batch):
         return jax.lax.psum(fisher_scores(loss_of_batch, params, batch), "data")
@@ -186,6 +192,7 @@ def test_fisher_scores_under_shard_map():
     chex.assert_trees_all_close(scores, expected, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("group_size", [2, 4])
 def test_groups_on_a_mesh_with_explicit_axes(group_size):
     tx = bisam_jax.sam(0.3)

@@ -97,6 +97,7 @@ def test_every_public_name_has_a_docstring():
                 assert "Args:" in member.__doc__, name
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of the notebook's own machinery
 def test_notebook():
     notebook = nbformat.read(ROOT / "docs" / "tour.ipynb", as_version=4)

@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from bisam_jax import friendly, friendly_sam
-from tests.equivalences import assert_bilevel_through_value_and_grad, assert_is_sam, each_size
+from tests.equivalences import assert_is_sam
 from tests.quadratic import (
     W,
     assert_takes_one_ball,
@@ -36,14 +36,6 @@ def test_friendly_on_a_quadratic(ball, eps, q, a, grads):
 
 def test_with_nothing_taken_away_it_is_sam():
     assert_is_sam(friendly_sam(0.3, sigma=0.0))
-
-
-FRIENDLY = friendly_sam(0.3)
-
-
-@each_size
-def test_bilevel_through_value_and_grad(sizes):
-    assert_bilevel_through_value_and_grad(FRIENDLY, sizes)
 
 
 @pytest.mark.parametrize(

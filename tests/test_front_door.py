@@ -9,8 +9,6 @@ import numpy as np
 import optax
 import pytest
 from jax import export
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 from bisam_jax import logits_loss, value_and_grad
 from tests.compiled import quick_jit
@@ -52,26 +50,56 @@ def start(name, rho=0.3):
     return quick_jit(ALL[name].make(rho).init)(PARAMS)
 
 
-@functools.cache
-def by_hand(name):
+def update_by_hand(name, q, params, state, batch):
     """What `update` gives for arguments that are all made by hand."""
-    method = ALL[name]
-    tx = method.make(0.3)
-    q = q_of(method, scalar=True)
-
-    @quick_jit
-    def step(params, state, batch):
-        arguments = arguments_of(batch, q=q and "function")
-        grads, state = tx.update(None, state, params, **arguments)
-        return (q or loss_of_batch)(params, batch), grads, state
-
-    return two_steps(step, start(name))
+    given = arguments_of(batch, q=q and "function")
+    grads, state = ALL[name].make(0.3).update(None, state, params, **given)
+    return (q or loss_of_batch)(params, batch), grads, state
 
 
 def made(name, *, scalar=False, **options):
     method = ALL[name]
     loss_fn = loss_of_batch if scalar else losses_of_batch
     return value_and_grad(method.make(0.3), loss_fn, q_of(method, scalar), **options)
+
+
+@functools.cache
+def program(name):
+    """The step of the whole batch in every way, where what is equal is compiled once."""
+    method = ALL[name]
+    ways = {
+        "by hand": functools.partial(update_by_hand, name, q_of(method, scalar=True)),
+        "losses": made(name),
+        "one microbatch": made(name, microbatch_size=16),
+    }
+    if not method.examples:
+        ways["scalar"] = made(name, scalar=True)
+    if not method.needs_q:
+        ways["by hand, without Q"] = functools.partial(update_by_hand, name, None)
+        ways["without Q"] = value_and_grad(method.make(0.3), losses_of_batch)
+
+    @quick_jit
+    def step(params, states, batch):
+        return {way: fn(params, states[way], batch) for way, fn in ways.items()}
+
+    return step, dict.fromkeys(ways, start(name))
+
+
+@functools.cache
+def results_of(name):
+    """For each way, value and gradient at two places, and the last state."""
+    step, states = program(name)
+    results = {way: [] for way in states}
+    for scale in (1.0, 0.5):
+        params = optax.tree.scale(scale, PARAMS)
+        for way, (value, grads, state) in step(params, states, BATCH).items():
+            results[way].append((value, grads))
+            states = states | {way: state}
+    return {way: (results[way], states[way]) for way in states}
+
+
+def by_hand(name):
+    return results_of(name)["by hand"]
 
 
 @functools.cache
@@ -96,7 +124,7 @@ def check(actual, expected):
 
 @each
 def test_losses_per_example(name):
-    check(through_the_door(name), by_hand(name))
+    check(results_of(name)["losses"], by_hand(name))
 
 
 @each
@@ -105,28 +133,18 @@ def test_a_scalar(name):
         with pytest.raises(ValueError, match="return one loss per example from loss_fn"):
             made(name, scalar=True)(PARAMS, start(name), BATCH)
         return
-    check(through_the_door(name, scalar=True), by_hand(name))
+    check(results_of(name)["scalar"], by_hand(name))
 
 
-@pytest.mark.parametrize("name", [n for n, method in ALL.items() if not method.needs_q])
+@each
 def test_without_q(name):
-    tx = ALL[name].make(0.3)
-    step = quick_jit(value_and_grad(tx, losses_of_batch))
-
-    @quick_jit
-    def expected(params, state, batch):
-        grads, state = tx.update(None, state, params, **arguments_of(batch))
-        return loss_of_batch(params, batch), grads, state
-
-    check(two_steps(step, start(name)), two_steps(expected, start(name)))
-
-
-@pytest.mark.parametrize("name", [n for n, method in ALL.items() if method.needs_q])
-def test_without_the_q_that_it_needs(name):
-    message = "pass perturbation_loss_fn"
-    with pytest.raises(ValueError, match=message) as error:
-        value_and_grad(ALL[name].make(0.3), losses_of_batch)(PARAMS, start(name), BATCH)
-    assert "update" not in str(error.value)
+    if ALL[name].needs_q:
+        message = "pass perturbation_loss_fn"
+        with pytest.raises(ValueError, match=message) as error:
+            value_and_grad(ALL[name].make(0.3), losses_of_batch)(PARAMS, start(name), BATCH)
+        assert "update" not in str(error.value)
+        return
+    check(results_of(name)["without Q"], results_of(name)["by hand, without Q"])
 
 
 def test_q_to_a_method_that_was_built_without_it():
@@ -137,19 +155,22 @@ def test_q_to_a_method_that_was_built_without_it():
 
 
 @each
-@pytest.mark.parametrize("size", [4, 16])
-def test_microbatches_give_the_step_of_the_whole_batch(name, size):
-    check(through_the_door(name, microbatch_size=size), by_hand(name))
+def test_microbatches_give_the_step_of_the_whole_batch(name):
+    check(results_of(name)["one microbatch"], by_hand(name))
+    check(through_the_door(name, microbatch_size=4), by_hand(name))
+
+
+TWO_GROUPS = mlp_batch(examples=32)
 
 
 @each_gradient
-@pytest.mark.parametrize("microbatch_size", [None, 8])
+@pytest.mark.parametrize("microbatch_size", [None, pytest.param(16, marks=pytest.mark.slow)])
 def test_groups_are_steps_of_their_own(name, microbatch_size):
-    step = quick_jit(made(name))
-    groups = [jax.tree.map(lambda x, i=i: x[i : i + 4], BATCH) for i in range(0, 16, 4)]
-    alone = [step(PARAMS, start(name), group) for group in groups]
-    grouped = made(name, group_size=4, microbatch_size=microbatch_size)
-    value, grads, state = quick_jit(grouped)(PARAMS, start(name), BATCH)
+    step, states = program(name)
+    groups = [jax.tree.map(lambda x, i=i: x[i : i + 16], TWO_GROUPS) for i in (0, 16)]
+    alone = [step(PARAMS, states, group)["losses"] for group in groups]
+    grouped = made(name, group_size=16, microbatch_size=microbatch_size)
+    value, grads, state = quick_jit(grouped)(PARAMS, start(name), TWO_GROUPS)
     expected = mean_of_trees([result[:2] for result in alone])
     chex.assert_trees_all_close((value, grads), expected, **CLOSE)
     for leaf, *each in zip(*map(jax.tree.leaves, (state, *(s for *_, s in alone))), strict=True):
@@ -167,8 +188,15 @@ def test_what_needs_gradients_refuses_updates(name, option):
         made(name, **options)(PARAMS, start(name), BATCH, step=0)
 
 
-@each_gradient
-@pytest.mark.parametrize("sizes", [{}, {"microbatch_size": 4}, {"group_size": 4}], ids=str)
+# The steps are those of the other tests: one with a state, and one that looks at single examples.
+each_when = [
+    pytest.param(name, sizes, marks=pytest.mark.slow if sizes else [])
+    for name in ("bisam", "look", "efficient")
+    for sizes in ({}, {"microbatch_size": 4}, {"group_size": 4})
+]
+
+
+@pytest.mark.parametrize(("name", "sizes"), each_when)
 def test_when(name, sizes):
     step = made(name, when=lambda step: step >= 3, **sizes)
 
@@ -197,101 +225,7 @@ def test_when(name, sizes):
     assert traced._cache_size() == 1
 
 
-def replicated_but_the_batch(state, value, batch):
-    """`value` for every leaf of a state but sampa's previous batch, which lies as batches do."""
-
-    def spec(path, _):
-        names = [getattr(key, "name", None) for key in path]
-        return batch if "sampa_batch" in names else value
-
-    return jax.tree_util.tree_map_with_path(spec, state)
-
-
-def mesh_of_four():
-    return jax.make_mesh((4,), ("data",), (AxisType.Auto,), devices=jax.devices()[:4])
-
-
-def shard_mapped(name, check_vma, **options):
-    mesh = mesh_of_four()
-    specs = replicated_but_the_batch(start(name), P(), P("data"))
-    step = jax.shard_map(
-        made(name, axis_name="data", **options),
-        mesh=mesh,
-        in_specs=(P(), specs, P("data")),
-        out_specs=(P(), P(), specs),
-        check_vma=check_vma,
-    )
-    return quick_jit(step)
-
-
-each_way = pytest.mark.parametrize("way", ["checked", "unchecked", "pmap"])
-
-
-def mapped(name, way, **options):
-    if way != "pmap":
-        return shard_mapped(name, way == "checked", **options)
-    axes = replicated_but_the_batch(start(name), None, 0)
-    step = jax.pmap(
-        made(name, axis_name="data", **options),
-        axis_name="data",
-        in_axes=(None, axes, 0),
-        out_axes=(None, None, axes),
-        devices=jax.devices()[:4],
-    )
-    parted = functools.partial(jax.tree.map, lambda x: x.reshape(4, -1, *x.shape[1:]))
-    whole = functools.partial(jax.tree.map, lambda x: x.reshape(-1, *x.shape[2:]))
-
-    def at_the_batch(fn, state):
-        return (
-            state._replace(sampa_batch=fn(state.sampa_batch))
-            if hasattr(state, "sampa_batch")
-            else state
-        )
-
-    def on_whole(params, state, batch):
-        value, grads, state = step(params, at_the_batch(parted, state), parted(batch))
-        return value, grads, at_the_batch(whole, state)
-
-    return on_whole
-
-
-@each
-@each_way
-def test_devices_give_the_numbers_of_one(name, way):
-    check(two_steps(mapped(name, way), start(name)), by_hand(name))
-
-
-@each_gradient
-@each_way
-def test_groups_on_devices_give_the_numbers_of_one(name, way):
-    expected = through_the_door(name, group_size=2)
-    check(two_steps(mapped(name, way, group_size=2), start(name)), expected)
-
-
-@each
-def test_microbatches_on_devices_give_the_numbers_of_one(name):
-    check(two_steps(mapped(name, "checked", microbatch_size=2), start(name)), by_hand(name))
-
-
-@pytest.mark.parametrize("name", ["sam", "look", "efficient"])
-def test_when_on_devices_gives_the_numbers_of_one(name):
-    options = {"when": lambda step: step >= 3}
-    step = made(name, axis_name="data", **options)
-    mapped = quick_jit(
-        jax.shard_map(
-            lambda p, s, b, i: step(p, s, b, step=i),
-            mesh=mesh_of_four(),
-            in_specs=(P(), P(), P("data"), P()),
-            out_specs=P(),
-        )
-    )
-    one = quick_jit(made(name, **options))
-    for i in (2, 3):
-        got = mapped(PARAMS, start(name), BATCH, jnp.int32(i))
-        want = one(PARAMS, start(name), BATCH, step=jnp.int32(i))
-        check(([got[:2]], got[2]), ([want[:2]], want[2]))
-
-
+@pytest.mark.slow
 @each
 @pytest.mark.usefixtures("standard_promotion")
 def test_inject_hyperparams_under_jit(name):
@@ -302,6 +236,7 @@ def test_inject_hyperparams_under_jit(name):
     check((results, state.inner_state), by_hand(name))
 
 
+@pytest.mark.slow
 @each_gradient
 def test_conditionally_transform(name):
     method = ALL[name]
@@ -321,6 +256,7 @@ def test_conditionally_transform(name):
     chex.assert_trees_all_close(results[0][1], expected, **CLOSE)
 
 
+@pytest.mark.slow
 @each
 def test_donation(name):
     step = quick_jit(made(name), donate_argnums=(0, 1))
@@ -333,6 +269,7 @@ def test_donation(name):
     chex.assert_tree_all_finite(again[:2])
 
 
+@pytest.mark.slow
 @each
 def test_bfloat16(name):
     narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
@@ -350,6 +287,7 @@ def test_bfloat16(name):
     assert optax.tree.norm(difference) < loose * optax.tree.norm(expected)
 
 
+@pytest.mark.slow
 @each
 def test_export(name):
     step, platforms = jax.jit(made(name)), ["tpu", "cuda", "rocm"]
@@ -359,15 +297,17 @@ def test_export(name):
 
 @each
 def test_the_state_keeps_its_type(name):
-    step, state = quick_jit(made(name)), start(name)
-    _, _, new_state = step(PARAMS, state, BATCH)
-    chex.assert_trees_all_equal_structs(state, new_state)
-    for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True):
-        assert jax.typeof(old) == jax.typeof(new)
-    step(PARAMS, new_state, BATCH)
+    step, states = program(name)
+    for _ in range(2):
+        new = {way: state for way, (_, _, state) in step(PARAMS, states, BATCH).items()}
+        chex.assert_trees_all_equal_structs(states, new)
+        for a, b in zip(jax.tree.leaves(states), jax.tree.leaves(new), strict=True):
+            assert jax.typeof(a) == jax.typeof(b)
+        states = new
     assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n, method in ALL.items() if method.examples])
 def test_functions_of_examples_can_be_replaced(name):
     """The user's own, which here look at other examples."""
@@ -379,16 +319,16 @@ def test_functions_of_examples_can_be_replaced(name):
     }
     step = made(name)
     replaced = quick_jit(lambda p, s, b: step(p, s, b, **own))(PARAMS, start(name), BATCH)
-    difference = optax.tree.sub(replaced[1], through_the_door(name)[0][0][1])
+    difference = optax.tree.sub(replaced[1], results_of(name)["losses"][0][0][1])
     assert optax.tree.norm(difference) > 1e-3
     with_scalars = made(name, scalar=True)
     same = quick_jit(lambda p, s, b: with_scalars(p, s, b, **own))(PARAMS, start(name), BATCH)
     chex.assert_trees_all_close(same[1], replaced[1], **CLOSE)
 
 
+@pytest.mark.slow
 @each
-@pytest.mark.parametrize("sizes", [{}, {"microbatch_size": 4}], ids=str)
-def test_leaves_that_are_not_floating(name, sizes):
+def test_leaves_that_are_not_floating(name):
     """They change nothing, and get no updates."""
     params = {"net": PARAMS, "count": jnp.array(3), "none": None}
     if not ALL[name].contains_optimizer:  # optax's optimizers cannot scale what JAX gives for a key
@@ -402,7 +342,7 @@ def test_leaves_that_are_not_floating(name, sizes):
     loss_fn = logits_loss(of_net(losses_of_batch.logits_fn), losses_of_batch.loss)
     method = ALL[name]
     tx = method.make(0.3)
-    step = quick_jit(value_and_grad(tx, loss_fn, of_net(q_of(method)), **sizes))
+    step = quick_jit(value_and_grad(tx, loss_fn, of_net(q_of(method))))
     value, grads, _ = step(params, tx.init(params), BATCH)
     (expected_value, expected), *_ = by_hand(name)[0]
     if name not in DRAWING:
@@ -425,5 +365,5 @@ def test_no_floating_leaf_at_all(name):
     loss_fn = logits_loss(losses, lambda losses, batch: losses)
     tx = method.make(0.3)
     step = value_and_grad(tx, loss_fn, None if q_of(method) is None else losses)
-    _, grads, _ = quick_jit(step)(params, tx.init(params), BATCH)
-    assert grads["count"] == 0
+    _, grads, _ = jax.eval_shape(step, params, tx.init(params), BATCH)
+    assert grads["count"].shape == ()

@@ -113,12 +113,11 @@ def parts(size):
 @pytest.mark.parametrize(
     ("sizes", "group"),
     [
-        ({}, 16),
-        ({"microbatch_size": 4}, 16),
-        ({"group_size": 8}, 8),
-        ({"group_size": 4, "microbatch_size": 8}, 4),
+        pytest.param({}, 16, id="whole"),
+        pytest.param({"microbatch_size": 4}, 16, id="microbatches", marks=pytest.mark.slow),
+        pytest.param({"group_size": 8}, 8, id="groups", marks=pytest.mark.slow),
+        pytest.param({"group_size": 4, "microbatch_size": 8}, 4, id="both", marks=pytest.mark.slow),
     ],
-    ids=["whole", "microbatches", "groups", "both"],
 )
 def test_a_network_against_its_explicit_jacobian(sizes, group, bilevel):
     params, batch = in_float64(PARAMS), in_float64(BATCH)
@@ -133,6 +132,7 @@ def test_a_network_against_its_explicit_jacobian(sizes, group, bilevel):
     np.testing.assert_allclose(value, clean(params, batch).mean(), rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{}, {"microbatch_size": 4}, {"group_size": 16}])
 def test_aux_of_the_logits_function(sizes):
     def logits_fn(params, batch):

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from bisam_jax import gsam
-from tests.equivalences import assert_bilevel_through_value_and_grad, assert_is_sam, each_size
+from tests.equivalences import assert_is_sam
 from tests.quadratic import (
     GRADIENT,
     W,
@@ -31,14 +31,6 @@ def test_gsam_on_a_quadratic(ball, eps, q, a, grads):
 
 def test_without_the_orthogonal_part_it_is_sam():
     assert_is_sam(gsam(0.3, alpha=0.0))
-
-
-GSAM = gsam(0.3)
-
-
-@each_size
-def test_bilevel_through_value_and_grad(sizes):
-    assert_bilevel_through_value_and_grad(GSAM, sizes)
 
 
 def test_errors():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bisam_jax import look_sam
-from tests.equivalences import assert_bilevel_through_value_and_grad, assert_is_sam, each_size
+from tests.equivalences import assert_is_sam
 from tests.quadratic import (
     W,
     assert_takes_one_ball,
@@ -105,14 +105,6 @@ def test_with_alpha_zero_it_is_the_plain_gradient_in_between():
     _, state = update(None, tx.init(W), jnp.asarray(W))
     actual, _ = update(None, state, jnp.asarray(W))
     np.testing.assert_array_equal(actual, gradient(W))
-
-
-LOOK = look_sam(0.3)
-
-
-@each_size
-def test_bilevel_through_value_and_grad(sizes):
-    assert_bilevel_through_value_and_grad(LOOK, sizes)
 
 
 @pytest.mark.parametrize(

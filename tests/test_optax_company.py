@@ -75,7 +75,13 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        pytest.param(optimizer, id=name, marks=[] if name == "sgd" else pytest.mark.slow)
+        for name, optimizer in OPTIMIZERS.items()
+    ],
+)
 def test_base_optimizers_get_the_gradient_and_learn(optimizer):
     tx = optax.chain(bisam(0.05), optimizer)
 

@@ -181,8 +181,10 @@ def three_steps_one_after_the_other(bilevel):
     return three_steps(bilevel, mesh_of(1, 1), None)
 
 
-@pytest.mark.parametrize("bilevel", [False, True])
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(
+    ("bilevel", "size"),
+    [(True, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((False, 1), (True, 4)))],
+)
 def test_two_halves_give_the_same_numbers(bilevel, size):
     results = three_steps(bilevel, mesh_of(2, size), "gradients")
     expected = three_steps_one_after_the_other(bilevel)
@@ -206,6 +208,7 @@ def program(mesh, gradient_axis):
         return jax.jit(step).lower(params, state, batch).compile(OPTIONS)
 
 
+@pytest.mark.slow
 def test_each_half_computes_one_gradient():
     one, half = program(mesh_of(1, 1), None), program(mesh_of(2, 1), "gradients")
     ratio = half.cost_analysis()["flops"] / one.cost_analysis()["flops"]

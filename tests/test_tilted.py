@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bisam_jax import adaptive_l2_ball, sam, tilted_sam
-from tests.equivalences import assert_bilevel_through_value_and_grad, assert_is_sam, each_size
+from tests.equivalences import assert_is_sam
 from tests.quadratic import (
     GRADIENT,
     C,
@@ -126,14 +126,6 @@ def test_tilted_noise_is_normal_and_no_longer_than_the_radius():
 )
 def test_without_noise_it_is_sam(tx):
     assert_is_sam(tx)
-
-
-TILTED = tilted_sam(0.3, 2.0)
-
-
-@each_size
-def test_bilevel_through_value_and_grad(sizes):
-    assert_bilevel_through_value_and_grad(TILTED, sizes)
 
 
 @pytest.mark.parametrize(

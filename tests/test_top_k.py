@@ -29,6 +29,7 @@ def test_top_k_mask_of_zeros_and_of_nothing():
     assert top_k_mask({}, 0) == {}
 
 
+@pytest.mark.slow
 def test_masks_over_sharded_parameters():
     mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))

@@ -89,7 +89,7 @@ def test_each_function_is_called_once():
     assert calls == ["q", "loss"]
 
 
-@pytest.mark.parametrize("microbatch_size", [1, 4, 8, 16])
+@pytest.mark.parametrize("microbatch_size", [1, 4])
 def test_microbatches_equal_the_whole_batch(microbatch_size):
     losses = with_aux(loss_of_batch), with_aux(perturbation_loss_of_batch)
     whole = result_of(*losses, has_aux=True, tx=BISAM)
@@ -97,7 +97,7 @@ def test_microbatches_equal_the_whole_batch(microbatch_size):
     chex.assert_trees_all_close(parts, whole, **CLOSE)
 
 
-@pytest.mark.parametrize("microbatch_size", [None, 4, 8, 16])
+@pytest.mark.parametrize("microbatch_size", [None, 8])
 def test_groups_have_perturbations_of_their_own(microbatch_size):
     groups = [by_hand(BISAM, part_of(BATCH, slice(i, i + 4))) for i in range(0, 16, 4)]
     value, grads = mean_of([group[:2] for group in groups])
@@ -120,8 +120,7 @@ def test_one_group_is_the_whole_batch_and_groups_of_one_are_examples():
     assert optax.tree.norm(optax.tree.sub(alone[1], whole[1])) > 1e-3
 
 
-@pytest.mark.parametrize("microbatch_size", [None, 8])
-@pytest.mark.parametrize("group_size", [None, 4])
+@pytest.mark.parametrize(("group_size", "microbatch_size"), [(None, None), (4, 8)])
 def test_state_moves_once_a_step(group_size, microbatch_size):
     schedule = optax.linear_schedule(0.1, 0.5, 4)
     tx = sam(schedule)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from bisam_jax import weighted_sam
-from tests.equivalences import assert_bilevel_through_value_and_grad, assert_is_sam, each_size
+from tests.equivalences import assert_is_sam
 from tests.quadratic import (
     GRADIENT,
     W,
@@ -38,14 +38,6 @@ def test_without_weight_it_is_the_plain_gradient():
 
 def test_with_equal_weights_it_is_sam():
     assert_is_sam(weighted_sam(0.3, gamma=0.5))
-
-
-WEIGHTED = weighted_sam(0.3, gamma=0.75)
-
-
-@each_size
-def test_bilevel_through_value_and_grad(sizes):
-    assert_bilevel_through_value_and_grad(WEIGHTED, sizes)
 
 
 @pytest.mark.parametrize("gamma", [1.0, -0.1, 1.5, float("nan")])
