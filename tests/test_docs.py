@@ -12,7 +12,6 @@ import optax
 import pytest
 
 import bisam_jax
-from experiments import files, result_tables
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,22 +52,6 @@ def test_readme_has_exactly_two_commands_that_install():
         'pip install -e ".[experiments]" && python -m experiments.train',
         'pip install -e ".[test]" && python -m pytest',
     ]
-
-
-def test_tables_are_of_the_results_that_are_there():
-    updated = result_tables.updated(ROOT)
-    assert len(updated) == 2
-    for path, text in updated.items():
-        assert path.read_text() == text
-        assert text.count("| --- |") > 1
-
-
-def test_help_writes_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(files, "write", None)
-    with pytest.raises(SystemExit) as exit_:
-        result_tables.main(["--help"])
-    assert exit_.value.code == 0
-    assert "experiments/results" in capsys.readouterr().out
 
 
 def test_guide():

@@ -1,38 +1,19 @@
+"""Estimates and tests, against other formulas for them."""
+
 import dataclasses
 
 import numpy as np
 import pytest
 import scipy.stats
 
-from experiments import significance
-from experiments.results import DIVERGED, FINISHED, Result
-
-BLANK = Result(
-    method="sam",
-    epochs=1,
-    seed=0,
-    values={},
-    gradients=2,
-    steps=1,
-    status=FINISHED,
-    validation_accuracy=0.5,
-    checkpoint_epoch=1,
-    test_accuracy=0.5,
-    milliseconds_per_step=1.0,
-    runs_at_once=1,
-    curve=[],
-)
+from experiments.comparison import significance
+from experiments.comparison.results import DIVERGED
+from tests.experiments.comparison.made_up import results_of
 
 
-def results_of(rho, validation, test=None, **changes):
-    """One a seed."""
-    tests = validation if test is None else test
-    return [
-        dataclasses.replace(
-            BLANK, values={"rho": rho}, seed=seed, validation_accuracy=v, test_accuracy=t, **changes
-        )
-        for seed, (v, t) in enumerate(zip(validation, tests, strict=True))
-    ]
+def of_seeds(rho, validation, test=None):
+    """A result for each validation accuracy, by increasing seed."""
+    return results_of(validation=validation, test=test or validation, rho=rho)
 
 
 def test_estimate_is_students():
@@ -83,36 +64,36 @@ def test_holm():
 
 
 def test_what_is_chosen_does_not_depend_on_the_test_split():
-    low = results_of(0.1, [0.6, 0.7], test=[0.9, 0.9])
-    high = results_of(0.2, [0.7, 0.8], test=[0.1, 0.1])
+    low = of_seeds(0.1, [0.6, 0.7], test=[0.9, 0.9])
+    high = of_seeds(0.2, [0.7, 0.8], test=[0.1, 0.1])
     best = significance.chosen(low + high)
     assert best.values == {"rho": 0.2}
     assert [result.seed for result in best.results] == [0, 1]
 
 
 def test_among_equals_the_smaller_value_is_chosen():
-    results = results_of(0.2, [0.7, 0.6]) + results_of(0.1, [0.6, 0.7])
+    results = of_seeds(0.2, [0.7, 0.6]) + of_seeds(0.1, [0.6, 0.7])
     assert significance.chosen(results).values == {"rho": 0.1}
     # The same accuracies from other seeds, whose means differ in their last digit.
     accuracies = [0.3, 0.2, 0.1]
     assert np.mean(accuracies) < np.mean(accuracies[::-1])
-    results = results_of(0.2, accuracies[::-1]) + results_of(0.1, accuracies)
+    results = of_seeds(0.2, accuracies[::-1]) + of_seeds(0.1, accuracies)
     assert significance.chosen(results).values == {"rho": 0.1}
 
 
 def test_what_diverged_or_is_incomplete_is_not_chosen():
-    diverged = results_of(0.3, [0.9, 0.9])
+    diverged = of_seeds(0.3, [0.9, 0.9])
     diverged[1] = dataclasses.replace(diverged[1], status=DIVERGED, validation_accuracy=None)
-    incomplete = results_of(0.4, [0.9])
-    complete = results_of(0.1, [0.5, 0.5])
+    incomplete = of_seeds(0.4, [0.9])
+    complete = of_seeds(0.1, [0.5, 0.5])
     assert significance.chosen(diverged + incomplete + complete).values == {"rho": 0.1}
     assert significance.chosen(diverged) is None
 
 
 def test_differences_are_paired_by_seed():
-    ours, theirs = results_of(0.1, [0.9, 0.5, 0.7]), results_of(0.2, [0.8, 0.4, 0.6])
+    ours, theirs = of_seeds(0.1, [0.9, 0.5, 0.7]), of_seeds(0.2, [0.8, 0.4, 0.6])
     first = significance.Candidate({}, ours, 0)
-    second = significance.Candidate({}, theirs[::-1] + results_of(0.2, [0.0] * 5)[3:], 0)
+    second = significance.Candidate({}, theirs[::-1] + of_seeds(0.2, [0.0] * 5)[3:], 0)
     result = significance.difference(first, second)
     assert result.estimate.mean == pytest.approx(0.1)
     assert result.estimate.standard_error == pytest.approx(0, abs=1e-12)

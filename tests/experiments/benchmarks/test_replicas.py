@@ -1,0 +1,60 @@
+"""The times of replicas, of programs that are never compiled."""
+
+import re
+import types
+
+import jax
+import pytest
+
+from experiments.benchmarks import replicas
+from experiments.comparison import capacity
+
+DEVICES = jax.local_device_count()
+NAMES = ["by itself", f"one on each of {DEVICES} devices", f"2 at once on each of {DEVICES}"]
+
+
+def test_every_way_is_timed(capsys, monkeypatch):
+    made = []
+
+    def program(experiment, count, at_once=True, devices=(None,)):
+        made.append((experiment.recipe.method, count, at_once, len(devices)))
+        return types.SimpleNamespace(count=count)
+
+    monkeypatch.setattr(replicas, "Replicas", program)
+    # An epoch is four steps.
+    seconds = iter([0.8, 0.8 * DEVICES, 0.8 * DEVICES])
+    monkeypatch.setattr(capacity, "seconds_per_epoch", lambda program: next(seconds))
+    replicas.main(["--model", "cnn", "--batch-size", "4", "--at-once", "2"])
+    assert made == [
+        ("bisam-log", 1, False, 1),
+        ("bisam-log", DEVICES, False, DEVICES),
+        ("bisam-log", 2 * DEVICES, True, DEVICES),
+    ]
+    out = capsys.readouterr().out
+    assert out.startswith("cnn, bisam-log, batch 4: ms per step")
+    found = re.findall(r"^(.+?) +(\d+\.\d+) +(\d+\.\d+)x$", out, re.M)
+    expected = zip(NAMES, ["200.000", "200.000", "100.000"], ["1.00", "1.00", "2.00"], strict=True)
+    assert found == list(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_compilation")
+def test_the_times_are_measured():
+    options = replicas.ReplicasOptions(model="cnn", batch_size=4, at_once=(1,))
+    times = replicas.milliseconds(options)
+    assert len(times) == 3
+    assert min(times.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [(["--model", "none"], "none"), (["--at-once", "0"], "--at-once must be at least 1, got (0,)")],
+    ids=["no model", "no replicas"],
+)
+def test_bad_input_is_one_line(args, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        replicas.main(args)
+    assert exit_.value.code == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1

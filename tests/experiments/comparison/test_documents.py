@@ -1,0 +1,65 @@
+"""The tables of README.md and docs/comparing.md, from made-up results."""
+
+import dataclasses
+
+from experiments.comparison import documents, results
+from experiments.comparison.results import DIVERGED
+from tests.experiments.comparison.made_up import (
+    SAM,
+    SGD,
+    SGD_LONGER,
+    TASK,
+    comparison_of,
+    eight,
+)
+
+
+def test_accuracies():
+    worse, like_sgd = eight("asam", 0.4, rho=1.0), eight("gsam", 0.5, rho=0.1)
+    known = comparison_of(SAM, SGD, SGD_LONGER, worse, like_sgd)
+    lines = documents.test_accuracies([known]).splitlines()
+    assert lines[0].startswith("**digits, mlp, batch 32**: test accuracy in %")
+    assert lines[0].endswith("over 8 seeds")
+    assert lines[2:9] == [
+        "| method | epochs | clean labels |",
+        "| --- | ---: | --- |",
+        "| sgd | 10 | 50.88 ± 0.30 |",
+        "| sgd | 20 | 60.87 ± 0.30 |",
+        "| sam | 10 | **70.88 ± 0.30** † (rho 0.1) |",
+        "| asam | 10 | *40.88 ± 0.30* ‡ (rho 1) |",
+        "| gsam | 10 | 50.88 ± 0.30 ‡ (rho 0.1) |",
+    ]
+    assert "the command" in lines
+
+
+def test_radii():
+    """Where several hyperparameters vary, the others have the values that were chosen."""
+    groups = [SGD]
+    for rho, mu, accuracy in ((0.1, 1, 0.5), (0.2, 1, 0.6), (0.1, 2, 0.7), (0.2, 2, 0.4)):
+        groups.append(eight("bisam-log", accuracy, spread=0, rho=rho, mu=float(mu)))
+    first, *others = eight("bisam-log", 0.9, rho=0.4, mu=2.0)
+    groups.append([dataclasses.replace(first, status=DIVERGED), *others])
+    text = documents.validation_accuracies([comparison_of(*groups)])
+    assert "| rho | 0.1 | 0.2 | 0.4 |" in text
+    assert "| bisam-log | **70.00** | 40.00 | diverged |" in text
+
+
+def test_only_what_is_marked_is_rewritten(tmp_path):
+    for name, noise in (("more", 0.4), ("less", 0.2)):
+        folder = tmp_path / "results" / name
+        folder.mkdir(parents=True)
+        known = comparison_of(SGD, SAM, task=TASK | {"label_noise": noise}, command=name)
+        results.write_merged(folder, [known])
+    (tmp_path / "docs").mkdir()
+    paths = [tmp_path / "README.md", tmp_path / "docs" / "comparing.md"]
+    for path in paths:
+        path.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
+    updated = documents.updated(tmp_path)
+    assert list(updated) == paths
+    for text in updated.values():
+        assert text.startswith("before\n<!-- results -->\n")
+        assert text.endswith("<!-- end of results -->\nafter\n")
+        assert "old" not in text
+    readme = updated[paths[0]]
+    assert "| method | epochs | 20 % wrong labels | 40 % wrong labels |" in readme
+    assert "```sh\nless\nmore\n```" in readme

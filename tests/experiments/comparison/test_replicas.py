@@ -1,0 +1,194 @@
+"""Replicas get the numbers that separate runs get."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import data
+from experiments.comparison.replicas import Replicas, inputs_of, labels_of
+from experiments.config.config import Config, Place
+from experiments.config.hyperparameters import HYPERPARAMETERS, STRUCTURAL
+from experiments.config.methods import METHODS
+from experiments.config.recipe import resolve
+from experiments.run.experiment import experiment_of
+from experiments.step.feeds import advance
+from experiments.step.layout import layout_of
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+EPOCHS = 2
+# Slowly, so that rounding errors do not grow.
+SMALL = {"train_examples": 96, "epochs": EPOCHS, "learning_rate": 0.005, "label_noise": 0.3}
+
+
+def configs(**options):
+    """Two runs that differ in seed, radius and, with label noise, labels."""
+    radii = [{}, {}] if options.get("method") == "sgd" else [{"rho": 0.02}, {"rho": 0.5}]
+    return [
+        Config(**SMALL | radius | options, seed=seed)
+        for seed, radius in zip((3, 11), radii, strict=True)
+    ]
+
+
+@functools.cache
+def dataset_of(seed):
+    return data.load(Config(**SMALL).source(seed))
+
+
+def experiment_from(config):
+    recipe = resolve(config)
+    return experiment_of(recipe, dataset_of(config.seed), layout_of(recipe, Place(devices=1)))
+
+
+@functools.cache
+def separately(config):
+    """Losses of the epochs, validation accuracies and losses, test accuracy of the best epoch."""
+    experiment = experiment_from(config)
+    state, steps = experiment.first_state(), experiment.steps_per_epoch
+    launch = experiment.train.launch(
+        experiment.step, state, experiment.recipe.batch_size, config.seed, EPOCHS
+    )
+    rows, best = [], (-1.0, None)
+    for epoch in range(EPOCHS):
+        losses = []
+        state, _ = advance(launch, state, epoch * steps, (epoch + 1) * steps, losses.extend)
+        found = experiment.evaluate(state.params, state.stats, experiment.validation)
+        rows.append((np.mean(losses), found.accuracy, found.loss))
+        if found.accuracy >= best[0]:
+            test = experiment.evaluate(state.params, state.stats, experiment.test)
+            best = (found.accuracy, test.accuracy)
+    return np.asarray(rows), best[1]
+
+
+def together(runs, count=None, **options):
+    labels = {config.seed: labels_of(dataset_of(config.seed)) for config in runs}
+    program = Replicas(experiment_from(runs[0]), count or len(runs), **options)
+    inputs = program.inputs([resolve(config) for config in runs], labels)
+    population, history = program.first(inputs), []
+    for number in range(EPOCHS):
+        population, epoch = program.epoch(population, inputs, number)
+        history.append(epoch)
+    curves = np.moveaxis(np.asarray(history), -1, 0)[: len(runs)]
+    return curves, program.test(population)[: len(runs)]
+
+
+def check(runs, curves, tests):
+    """Checks the last of some runs against the same runs by themselves."""
+    last = slice(-len(runs), None)
+    for config, curve, test in zip(runs, curves[last], tests[last], strict=True):
+        expected, expected_test = separately(config)
+        # Where weights or examples are chosen, a rounding error may choose others.
+        chooses = config.method in ("sparse-fisher", "sparse-dynamic", "efficient")
+        rtol = 1e-4 if chooses else 3e-6
+        np.testing.assert_allclose(curve[:, [0, 2]], expected[:, [0, 2]], rtol=rtol)
+        np.testing.assert_array_equal(curve[:, 1], expected[:, 1])
+        assert test == expected_test
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_replicas_are_the_two_separate_runs(method):
+    few = {"sparse": {"update_every": 2}, "tilted": {"num_samples": 2}}.get(method[:6], {})
+    runs = configs(method=method, **few)
+    curves, tests = together(runs)
+    assert (abs(curves[0] - curves[1]) > 1e-4).any()
+    # A separate run is another program: for most methods, the second run stands for both.
+    check(runs if method in ("sgd", "bisam-log") else runs[1:], curves, tests)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "bisam-tanh", "base": "adamw", "cutout": 0.5, "microbatch_size": 16},
+        slow({"method": "gsam", "perturbation": "tanh", "base": "adamw"}),
+        slow({"method": "sam", "group_size": 8, "crop_padding": 1, "cutout": 0.5}),
+        slow({"method": "bisam-log", "microbatch_size": 16, "flip": True}),
+        slow({"method": "gsam", "start_step": 2, "every": 3}),
+    ],
+    ids=["many at once", "adamw", "groups", "microbatches", "now and then"],
+)
+def test_whatever_is_trained(options):
+    runs = configs(**options)
+    check(runs[1:], *together(runs))
+
+
+@pytest.mark.parametrize("model", ["mlp", slow("cnn")])
+def test_one_on_each_device(model):
+    runs = configs(model=model, method="bisam-log")
+    check(runs[1:], *together(runs, at_once=False, devices=jax.devices()[:2]))
+
+
+def test_replicas_over_devices_in_short_launches_and_places_that_are_filled_up(monkeypatch):
+    runs = configs(method="bisam-log")
+    with monkeypatch.context() as patch:
+        # Of three steps.
+        patch.setattr("experiments.run.experiment.STEPS_AT_ONCE", 2)
+        found = together(runs, count=8, devices=jax.devices()[:4])
+    check(runs, *found)
+
+
+def test_a_step_that_is_plain_costs_one_gradient_among_replicas_too():
+    """Both branches of a condition that replicas differ in would be computed."""
+    program = Replicas(experiment_from(configs(method="sam", start_step=2)[0]), 2)
+    assert program._launch.as_text().count(" conditional(") == 1
+    # What a device holds, at least: the states and best parameters of both, and the images.
+    population = jax.eval_shape(program.first, program.example)
+    held = sum(x.size * 4 for x in jax.tree.leaves((population.state, population.params)))
+    assert held + 96 * 64 < program.bytes < 4 * held
+
+
+# Other values than the defaults, each with a method that takes it.
+CHANGED = {
+    "rho": 0.3, "mu": 4.0, "alpha": 0.4, "eta": 0.5, "gsam_alpha": 0.9, "rho_min": 0.3,
+    "tilt": 30.0, "noise_radius": 0.1, "noise_scale": 0.001, "interpolation": 0.8,
+    "sigma": 0.2, "decay": 0.2, "look_alpha": 0.1, "sharpness_weight": 0.2,
+    "learning_rate": 0.02, "momentum": 0.5, "weight_decay": 0.2,
+}  # fmt: skip
+OF_METHODS = {
+    "eta": "asam", "gsam_alpha": "gsam", "rho_min": "bilateral", "tilt": "tilted",
+    "noise_radius": "tilted", "noise_scale": "tilted", "interpolation": "sampa",
+    "sigma": "friendly", "decay": "friendly", "look_alpha": "look",
+    "sharpness_weight": "weighted",
+}  # fmt: skip
+assert set(CHANGED) == set(HYPERPARAMETERS) - set(STRUCTURAL)
+METHODS_OF_VALUES = ["bisam-tanh", *dict.fromkeys(OF_METHODS.values())]
+
+
+def recipes_of(method):
+    """The defaults, and one change of each hyperparameter of a method."""
+    mine = [name for name in CHANGED if OF_METHODS.get(name, "bisam-tanh") == method]
+    config = Config(**SMALL | {"epochs": 1}, method=method)
+    runs = [config] + [dataclasses.replace(config, **{name: CHANGED[name]}) for name in mine]
+    return mine, [resolve(run) for run in runs]
+
+
+@pytest.mark.parametrize("method", METHODS_OF_VALUES)
+def test_every_hyperparameter_that_can_be_traced_is_an_input(method):
+    mine, recipes = recipes_of(method)
+    inputs = inputs_of(recipes, {0: labels_of(dataset_of(0))})
+    for number, name in enumerate(mine, 1):
+        expected = [recipes[0].hyperparameters[name]] * len(recipes)
+        expected[number] = CHANGED[name]
+        np.testing.assert_allclose(inputs.values[name], expected)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [name if name == "bisam-tanh" else slow(name) for name in METHODS_OF_VALUES],
+)
+def test_every_replica_has_its_own_hyperparameters(method):
+    mine, recipes = recipes_of(method)
+    experiment = experiment_of(recipes[0], dataset_of(0), layout_of(recipes[0], Place(devices=1)))
+    program = Replicas(experiment, len(recipes))
+    inputs = program.inputs(recipes, {0: labels_of(experiment.dataset)})
+    _, epoch = program.epoch(program.first(inputs), inputs, 0)
+    for name, loss in zip(mine, epoch.validation_loss[1:], strict=True):
+        assert abs(loss - epoch.validation_loss[0]) > 1e-6, name

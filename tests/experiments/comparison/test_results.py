@@ -1,0 +1,148 @@
+"""Results as files, from made-up results and run folders."""
+
+import dataclasses
+import json
+
+import pytest
+
+from experiments.comparison import results
+from experiments.comparison.results import DIVERGED, FINISHED, Comparison
+from experiments.config.config import Config
+from experiments.config.recipe import filled_in, resolve
+from experiments.run.folder import RunFolder, as_json
+from experiments.system.command_line import ArgumentError
+from tests.experiments.comparison.made_up import SAM, SGD, TASK, comparison_of, eight
+
+CURVE = [
+    {"epoch": 1, "loss": 1.5, "validation_accuracy": 0.25, "validation_loss": 2.0},
+    {"epoch": 2, "loss": 0.1, "validation_accuracy": 0.5, "validation_loss": float("inf")},
+]
+
+
+def test_what_is_written_is_read(tmp_path):
+    diverged = dataclasses.replace(
+        eight("look", 0.5, rho=1e30, look_every=2.0, gradients=1.5)[3],
+        status=DIVERGED,
+        validation_accuracy=None,
+        checkpoint_epoch=None,
+        test_accuracy=None,
+    )
+    known = comparison_of([*SGD, dataclasses.replace(SAM[0], curve=CURVE), diverged])
+    results.write_merged(tmp_path, [known])
+    (there,) = results.read_results(tmp_path)
+    assert there == known
+    # A copy of results may lack the largest file.
+    (tmp_path / "curves.csv").unlink()
+    (there,) = results.read_results(tmp_path)
+    assert [result.key for result in there.results] == [result.key for result in known.results]
+
+
+def test_one_comparison_per_task():
+    noisy = TASK | {"label_noise": 0.2}
+    parts = [
+        comparison_of(SGD, command="first"),
+        comparison_of(SAM, task=noisy, command="noisy"),
+        comparison_of(SGD, SAM, command="second"),
+    ]
+    clean, other = results.merged(parts)
+    assert clean == Comparison(TASK, [*SGD, *SAM], [parts[0].origins[0], parts[2].origins[0]])
+    assert other == Comparison(noisy, SAM, parts[1].origins)
+
+
+def test_results_that_differ_are_refused():
+    changed = [*SAM[:5], dataclasses.replace(SAM[5], test_accuracy=0.1)]
+    with pytest.raises(ArgumentError, match="two results of sam with seed 5 that differ"):
+        results.merged([comparison_of(SAM), comparison_of(changed)])
+
+
+def test_several_tasks_have_a_folder_each(tmp_path):
+    tasks = [TASK | {"label_noise": noise} for noise in (0.0, 0.2)]
+    known = [comparison_of(SGD, task=task) for task in tasks]
+    results.write_merged(tmp_path, known)
+    assert results.read_results(tmp_path) == known
+
+
+def test_a_comparison_of_an_older_version_lacks_options(tmp_path):
+    task = {name: value for name, value in TASK.items() if name != "every"}
+    results.write_merged(tmp_path, [comparison_of(SGD, task=task)])
+    assert results.read_results(tmp_path)[0].task == TASK
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("comparison.json", "["), ("comparison.json", "[]"), ("runs.csv", "run\n")]
+)
+def test_what_cannot_be_read(name, text, tmp_path):
+    results.write_merged(tmp_path, [comparison_of(SGD)])
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ArgumentError, match=f"{tmp_path} cannot be read as results"):
+        results.read_results(tmp_path)
+
+
+def write_run(path, status=FINISHED, **options):
+    """A run folder as training leaves it."""
+    config = Config(label_noise=0.2, epochs=2, seed=1, output=path, **options)
+    folder = RunFolder.create(path, as_json(filled_in(config, resolve(config))))
+    folder.start_metrics([{**row, "step": 1, "examples_per_second": 3200.0} for row in CURVE])
+    folder.close()
+    summary = {
+        "status": status,
+        "steps": 78,
+        "validation_accuracy": 0.5,
+        "checkpoint_epoch": 2,
+        "test_accuracy": 0.75,
+        "versions": {"jax": "1.2.3"},
+        "device": "abacus",
+        "devices": 2,
+    }
+    folder.write_json("summary.json", summary)
+    return path
+
+
+def test_a_run_of_training_is_a_result(tmp_path):
+    folder = write_run(tmp_path / "run", method="bisam-log", rho=0.3)
+    (comparison,) = results.read_results(folder)
+    assert comparison.task == TASK | {"label_noise": 0.2}
+    (result,) = comparison.results
+    assert result.key == resolve(Config(epochs=2, seed=1, rho=0.3)).key
+    assert (result.status, result.steps, result.gradients) == (FINISHED, 78, 2)
+    assert (result.validation_accuracy, result.checkpoint_epoch, result.test_accuracy) == (
+        0.5,
+        2,
+        0.75,
+    )
+    assert result.curve == CURVE
+    # 32 examples of 3200 a second.
+    assert result.milliseconds_per_step == pytest.approx(10)
+    assert comparison.origins[0]["hardware"] == {"device": "abacus", "devices": 2}
+
+
+def test_a_run_of_training_that_diverged(tmp_path):
+    folder = write_run(tmp_path / "run", "stopped: the loss is not finite", method="sam")
+    ((result,),) = (known.results for known in results.read_results(folder))
+    assert (result.status, result.validation_accuracy, result.test_accuracy) == (
+        DIVERGED,
+        None,
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    ("status", "options", "message"),
+    [
+        ("interrupted", {}, "the run is not finished"),
+        ("started", {}, "the run is not finished"),
+        (
+            FINISHED,
+            {"batch_statistics": "per-device", "parallelism": "shard_map"},
+            "per-device are another method",
+        ),
+    ],
+    ids=["interrupted", "started", "per device"],
+)
+def test_runs_of_training_that_cannot_be_compared(status, options, message, tmp_path):
+    folder = write_run(tmp_path / "run", status, **options)
+    with pytest.raises(ArgumentError, match=message):
+        results.read_results(folder)
+    (folder / "summary.json").write_text(json.dumps({}))
+    with pytest.raises(ArgumentError, match="the run is not finished"):
+        results.read_results(folder)

@@ -1,0 +1,77 @@
+"""The rows of a table, from made-up results."""
+
+import dataclasses
+
+import pytest
+
+from experiments.comparison import table
+from experiments.system.command_line import ArgumentError
+from tests.experiments.comparison.made_up import SAM, SGD, SGD_LONGER, comparison_of, eight
+
+
+def rows(*groups, baseline=None):
+    made = table.rows_of(comparison_of(*groups), baseline)
+    return {(row.method, row.epochs): row for row in made}
+
+
+def test_same_epochs_and_same_gradients():
+    made = rows(SGD, SGD_LONGER, SAM)
+    assert list(made) == [("sam", 10), ("sgd", 20), ("sgd", 10)]
+    sam = made["sam", 10]
+    assert sam.same_epochs.estimate.mean == pytest.approx(0.2)
+    assert sam.same_gradients.estimate.mean == pytest.approx(0.1)
+    # 2 of 256 signs, twice for two comparisons.
+    assert sam.p_values == pytest.approx([4 / 256] * 2)
+    assert made["sgd", 10].p_values == made["sgd", 20].p_values == [None, None]
+
+
+def test_gradients_are_those_of_what_was_chosen():
+    few = eight("tilted", 0.6, gradients=4, num_samples=2.0)
+    many = eight("tilted", 0.8, gradients=8, num_samples=4.0)
+    longer = [
+        eight("sgd", accuracy, epochs=epochs, gradients=1)
+        for epochs, accuracy in ((40, 0.5), (80, 0.7))
+    ]
+    row = rows(SGD, *longer, few, many)["tilted", 10]
+    assert row.same_gradients.estimate.mean == pytest.approx(0.1)
+    assert row.swept == ["num_samples"]
+
+
+def test_what_is_reported_is_tested_with_the_values_that_validation_chose():
+    """Not with those of the best test accuracy."""
+    misleading = [
+        dataclasses.replace(result, validation_accuracy=0.1, test_accuracy=0.95)
+        for result in eight("sam", 0.5, rho=0.2)
+    ]
+    row = rows(SGD, SAM, misleading)["sam", 10]
+    assert row.best.values == {"rho": 0.1}
+    assert row.test.mean == pytest.approx(0.7 + 0.01 * 7 / 8)
+
+
+def test_another_baseline():
+    made = rows(SGD, SGD_LONGER, SAM, eight("asam", 0.75, rho=1.0), baseline="sam")
+    assert made["asam", 10].same_epochs.estimate.mean == pytest.approx(0.05)
+    assert made["sgd", 10].same_epochs.estimate.mean == pytest.approx(-0.2)
+    assert made["sgd", 20].same_epochs is None
+    with pytest.raises(ArgumentError, match="--baseline must be one of sam, sgd, got gsam"):
+        rows(SGD, SAM, baseline="gsam")
+
+
+def test_without_plain_training_the_first_method_is_the_baseline():
+    made = rows(SAM, eight("asam", 0.75, rho=1.0))
+    assert made["asam", 10].same_epochs.estimate.mean == pytest.approx(0.05)
+    assert made["asam", 10].same_gradients is None
+
+
+def test_the_edge_of_a_grid():
+    grid = [eight("sam", accuracy, rho=rho) for rho, accuracy in ((0.1, 0.5), (0.2, 0.6))]
+    assert rows(*grid)["sam", 10].at_the_edge("rho")
+    inside = rows(*grid, eight("sam", 0.4, rho=0.4))["sam", 10]
+    assert not inside.at_the_edge("rho")
+    assert not rows(SAM)["sam", 10].at_the_edge("rho")
+
+
+def test_epochs_tell_rows_of_one_method_apart():
+    made = list(rows(SGD, SGD_LONGER, SAM).values())
+    names = [table.row_name(row, made) for row in made]
+    assert names == ["sam", "sgd, 20 epochs", "sgd, 10 epochs"]
