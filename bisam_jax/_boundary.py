@@ -55,7 +55,7 @@ class WithGradient:
 
 
 class TwoLosses:
-    """The losses of the two players on this batch: L is descended, and Q is ascended.
+    """The two losses on this batch: L is descended, and Q is ascended.
 
     Points and gradients have the structure of the parameters' floating part. Nothing is evaluated
     until it is requested.

@@ -114,7 +114,7 @@ class OneOfMany(OneDevice):
     def losses_at(
         self, losses_fn: LossesFn, params: Any, batch: Any, indices: jax.Array
     ) -> jax.Array:
-        """See :class:`OneDevice`; each device computes an equal share if the indices divide."""
+        """See :class:`OneDevice`; devices share the work if the indices divide evenly."""
         whole = jax.tree.map(self._gathered, batch)
         count = len(indices)
         if count % self._number:

@@ -87,7 +87,7 @@ class Passes:
     def losses(
         self, loss: BatchLoss, params: Any, batch: Batch, indices: jax.Array | None = None
     ) -> jax.Array:
-        """Returns the losses of the examples at `indices` of the whole batch; of all for None."""
+        """Returns the losses of all examples of the whole batch, or of those at `indices`."""
         check_splits(batch)
         params = self.devices.enter(params)
 

@@ -24,7 +24,7 @@ class SharpnessAwareState(NamedTuple):
 def sharpness_aware(
     perturbation: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Returns the gradient of one loss at the point where another is worst.
+    r"""Returns the gradient of one loss at the point where another loss is largest.
 
     With :math:`w` the parameters, :math:`L` the loss to descend (``loss_fn``), :math:`Q` the loss
     to ascend (``perturbation_loss_fn``) and :math:`P` the ``perturbation``, the updates are

@@ -78,7 +78,7 @@ def top_k_mask(scores: Any, k: jax.typing.ArrayLike) -> Any:
 
 
 def _largest(width: int, dtype: Any, holds: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Returns the largest integer of `width` bits for which `holds`; all smaller ones hold too."""
+    """Returns the largest integer of `width` bits that satisfies a monotone condition."""
 
     def set_bit(i: jax.Array, value: jax.Array) -> jax.Array:
         bit = jnp.asarray(width - 1 - i, dtype)

@@ -1,7 +1,8 @@
-"""`jax.jit` without effort on machine code, which is what most of the suite's time would go to.
+"""`jax.jit` without optimized machine code, which would take most of the suite's time.
 
-XLA's passes over the program are the same: FLOPs and memory do not differ by a byte. Tests of
-numbers at the edge of a dtype's range, or against closed forms and published ones, keep `jax.jit`.
+XLA's passes over the program are the same, so FLOPs and memory are exactly the same. Tests of
+numbers at the edge of a dtype's range, or against closed forms and published numbers, keep
+`jax.jit`.
 """
 
 import functools

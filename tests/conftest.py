@@ -1,4 +1,4 @@
-"""Settings that make mistakes loud, made before JAX starts."""
+"""Settings that turn mistakes into errors, made before JAX starts."""
 
 import os
 
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8"]
-# Compilation takes nearly all of the time, and half as long without these. XLA ends at a flag that
-# it does not know: versions of JAX that were never tried do without.
+# Compilation takes nearly all of the time, and half as long without these emitters. XLA stops at an
+# unknown flag, so only versions of JAX that were tried get it.
 if jax.__version_info__ < (0, 11):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join(FLAGS)
@@ -19,7 +19,7 @@ os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Compilation dominates the suite, and its speed differs between machines: no deadlines.
+# No deadlines: compilation dominates the suite, and its speed differs between machines.
 settings.register_profile(
     "repository",
     deadline=None,
@@ -30,7 +30,7 @@ settings.register_profile(
 settings.load_profile("repository")
 
 
-# JAX 0.7 has it under another name, at which later versions warn.
+# JAX 0.7 has it under another name, which raises a warning in later versions.
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
 
 
@@ -42,6 +42,6 @@ def float64():
 
 @pytest.fixture
 def standard_promotion():
-    """For parts of optax that promote step counts to floats."""
+    """Allows the parts of optax that promote step counts to floats."""
     with jax.numpy_dtype_promotion("standard"):
         yield

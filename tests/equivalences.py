@@ -1,4 +1,4 @@
-"""Two ways to one result, for the tests of single methods."""
+"""Checks that two ways give one result, for the tests of single methods."""
 
 import functools
 
@@ -47,7 +47,7 @@ SAM = sam(0.3)
 
 
 def assert_is_sam(tx):
-    """`tx` does what SAM with a radius of 0.3 does, in its first two steps."""
+    """Checks that the first two steps of `tx` are those of SAM with a radius of 0.3."""
     state = tx.init(PARAMS)
     for scale in (1.0, 0.5):
         params = optax.tree.scale(scale, PARAMS)

@@ -1,4 +1,4 @@
-"""Every method of the library, once: one that is added here is in every test of the contract."""
+"""Every method of the library, once: a method added here is in every test of the contract."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,18 +19,18 @@ from tests.problems import (
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Method:
-    """How to make a method, and what holds of it.
+    """How to make a method, and its properties.
 
     Attributes:
-        make: from rho to the transformation.
-        loss_calls: how often `loss_fn` is called beside the gradient at the parameters.
+        make: maps rho to the transformation.
+        loss_calls: number of calls of `loss_fn`, without the gradient at the parameters.
         needs_clean: whether it uses the gradient of L even with Q.
-        state_bytes: per weight, in float32.
+        state_bytes: bytes of state per weight, in float32.
         takes_grad_fn: whether it takes `grad_fn` in place of `loss_fn`.
         takes_gradient_of_q: whether it takes `perturbation_grads`.
-        needs_q: whether it insists on Q.
-        examples: whether it looks at single examples.
-        contains_optimizer: whether what it returns are updates.
+        needs_q: whether it requires Q.
+        examples: whether it uses single examples.
+        contains_optimizer: whether it returns updates instead of gradients.
         structural: the hyperparameters that cannot be traced.
     """
 
@@ -91,7 +91,7 @@ UPDATING = {
 
 
 def arguments_of(batch: dict, *, q: str | None = None, params=None) -> dict:
-    """Everything that any method asks `update` for, made by hand.
+    """Returns every argument of `update` that a method may use, made by hand.
 
     Args:
         batch: the examples.

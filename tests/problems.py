@@ -43,9 +43,9 @@ def cross_entropy(logits: jax.Array, batch: dict) -> jax.Array:
     return optax.losses.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
 
 
-# L per example: the cross-entropy, which knows its logits for the method that asks for them.
+# L per example: the cross-entropy, split at the logits for the method that needs them.
 losses_of_batch = logits_loss(logits_of_batch, cross_entropy)
-# And its mean.
+# Mean of L.
 loss_of_batch = logits_loss(
     logits_of_batch, lambda logits, batch: cross_entropy(logits, batch).mean()
 )
@@ -57,7 +57,7 @@ def perturbation_losses_of_batch(params: dict, batch: dict) -> jax.Array:
 
 
 def perturbation_loss_of_batch(params: dict, batch: dict) -> jax.Array:
-    """Q: the mean."""
+    """Q: the mean over the batch."""
     return perturbation_losses_of_batch(params, batch).mean()
 
 

@@ -1,4 +1,4 @@
-"""Two losses with gradients by hand, so that every sign, radius and norm can be worked out."""
+"""Two losses with gradients by hand, so every sign, radius and norm can be computed by hand."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -42,14 +42,14 @@ GRADIENT = gradient(W)
 
 
 def descent(tx, state=None, *, grads=GRADIENT, **extra_args):
-    """An update at W, of L unless told otherwise."""
+    """Returns an update at W, for the loss L by default."""
     state = tx.init(W) if state is None else state
     grads = None if grads is None else jnp.asarray(grads)
     arguments = {"loss_fn": quadratic} | extra_args
     return tx.update(grads, state, jnp.asarray(W), **arguments)
 
 
-# What is ascended, and its gradient at W.
+# Arguments for the ascended loss, and its gradient at W.
 L_IS_ASCENDED = pytest.param({}, GRADIENT, id="sam")
 Q_IS_ASCENDED = pytest.param({"perturbation_loss_fn": linear}, C, id="bisam")
 each_function = pytest.mark.parametrize(("q", "a"), [L_IS_ASCENDED, Q_IS_ASCENDED])
@@ -62,10 +62,10 @@ each_ascent = pytest.mark.parametrize(
     ],
 )
 
-# Whether the gradient of L is there already.
+# Whether the gradient of L is passed.
 each_grads = pytest.mark.parametrize("grads", [GRADIENT, None], ids=["grads", "no grads"])
 
-# The arguments of a method that set its ball, and what that makes of an ascent gradient.
+# Arguments of a method that set its ball, and the function from the ascent gradient to eps.
 each_ball = pytest.mark.parametrize(
     ("ball", "eps"),
     [
@@ -77,7 +77,7 @@ each_ball = pytest.mark.parametrize(
 
 
 def assert_takes_one_ball(make, **radius):
-    """`make` refuses two balls at once, and what is no ball."""
+    """Checks that `make` refuses two balls at once, and an object that is no ball."""
     radius = radius or {"rho": 0.3}
     (name,) = radius
     with pytest.raises(ValueError, match=f"{name} and perturbation were both given"):

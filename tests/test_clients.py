@@ -59,7 +59,7 @@ def linen():
 
 
 def linen_reference(model, params, batch_stats):
-    """By hand: statistics and ascent gradient of one clean pass, descent at the perturbed point."""
+    """Reference by hand: one clean pass, then the descent gradient at the perturbed point."""
 
     def forward(params):
         variables = {"params": params, "batch_stats": batch_stats}
@@ -123,7 +123,7 @@ class NnxNet(nnx.Module):
 @pytest.mark.usefixtures("standard_promotion")
 def test_nnx_through_its_optimizer():
     model = NnxNet(nnx.Rngs(0))
-    # Split from a twin: the optimizer moves the variables of the model in place.
+    # Split from a copy: the optimizer changes the variables of the model in place.
     graphdef, params, stats = nnx.split(NnxNet(nnx.Rngs(0)), nnx.Param, ...)
     base = optax.adamw(1e-2, eps=1e-3)  # some gradients are rounding noise alone
     optimizer = nnx.Optimizer(model, base, wrt=nnx.Param)
@@ -162,7 +162,7 @@ def test_nnx_through_its_optimizer():
 @pytest.mark.slow
 def test_nnx_optimizer_with_the_step_in_its_chain():
     model = NnxNet(nnx.Rngs(0))
-    # Split from a twin: the optimizer moves the variables of the model in place.
+    # Split from a copy: the optimizer changes the variables of the model in place.
     graphdef, params, stats = nnx.split(NnxNet(nnx.Rngs(0)), nnx.Param, ...)
     optimizer = nnx.Optimizer(model, optax.chain(bisam(RHO), optax.sgd(0.1)), wrt=nnx.Param)
 

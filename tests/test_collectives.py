@@ -1,4 +1,4 @@
-"""What devices say to each other and hold, from the compiled program."""
+"""Communication and memory of devices, from the compiled program."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from tests.methods import METHODS, UPDATING
 
 
 def collectives(program):
-    """The kind of each collective, and the sizes of the arrays that it gives."""
+    """Returns the kind of each collective, and the sizes of its output arrays."""
     kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
     found = re.finditer(rf"= (.*?) ({kinds})(?:-start)?\(", program.as_text())
     return [(match[2], sorted(map(size, re.findall(r"\[([\d,]*)\]", match[1])))) for match in found]
@@ -94,7 +94,7 @@ def step_of(method, q=perturbation_loss_fn, **options):
 
 @functools.cache
 def compiled(step, method=None, devices=8):
-    """A step on a batch over the devices, with parameters on all of them."""
+    """Compiles a step on a batch sharded over the devices, with parameters on every device."""
     mesh = mesh_of(devices)
     state = jax.eval_shape(method.make(0.1).init, PARAMS) if method else ()
     if hasattr(state, "sampa_batch"):
@@ -133,7 +133,7 @@ def test_groups_that_fit_a_device_send_what_a_plain_step_sends(group_size):
     ids=str,
 )
 def test_shard_map_sends_no_more_than_one_program(options, gradients, check_vma):
-    """With groups, what a plain step sends: one gradient."""
+    """With groups, a step sends what a plain step sends: one gradient."""
     step = step_of(BISAM, axis_name="data", **options)
     specs = {"in_specs": (P(), P(), P("data")), "out_specs": P(), "check_vma": check_vma}
     program = compiled(jax.shard_map(step, mesh=mesh_of(8), **specs), BISAM)
@@ -168,7 +168,7 @@ def test_what_is_sent_does_not_grow_with_the_devices(name, gradients):
     method = SAMPA if name == "sampa" else METHODS[name]
     step = step_of(method)
     two, eight = (numbers_sent(compiled(step, method, devices)) for devices in (2, 8))
-    # Losses of single examples and the value of the batch are sent too.
+    # The losses of single examples and the value of the batch are also sent.
     more = 2 * 64 if method.examples else 8
     assert 0 < two <= gradients * sum(GRADIENT) + more
     assert eight == pytest.approx(two, abs=more)
@@ -190,7 +190,7 @@ def with_momentum(method):
 
 
 def program_with_parts_of_the_parameters(method, devices):
-    """Of the training step, and the arguments that it takes."""
+    """Returns the program of the training step, and its arguments."""
     mesh = jax.make_mesh(
         (1, devices), ("data", "fsdp"), (AxisType.Auto,) * 2, devices=jax.devices()[:devices]
     )
@@ -226,7 +226,7 @@ def test_parameters_in_parts_stay_in_parts(method):
     batch = sum(leaf.nbytes for leaf in jax.tree.leaves(args[2]))
     in_parts = (of_whole.argument_size_in_bytes - batch) / 8
     assert memory.argument_size_in_bytes == pytest.approx(in_parts + batch, rel=1e-3)
-    # All parameters on one device would be as much as WIDE_SIZE.
+    # All parameters on one device would take WIDE_SIZE.
     assert memory.temp_size_in_bytes < of_whole.temp_size_in_bytes / 8 + 0.1 * WIDE_SIZE
     assert max(max(sizes) for _, sizes in collectives(parts)) <= 256 * 256 / 8
     results = parts(*args), whole(*whole_args)
@@ -236,7 +236,7 @@ def test_parameters_in_parts_stay_in_parts(method):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_types_on_a_mesh_with_explicit_axes(method):
-    """Traced only: where the parameters lie is part of their types."""
+    """Only traced: the sharding of the parameters is part of their types."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), (AxisType.Explicit,) * 2)
     specs = {"w": P(None, "model"), "b": P("model")}
     params = {"w": jnp.ones((8, 16)), "b": jnp.ones(16)}
@@ -247,7 +247,7 @@ def test_types_on_a_mesh_with_explicit_axes(method):
         return batch @ params["w"] + params["b"][None]
 
     losses = logits_loss(logits, lambda logits, batch: jnp.square(logits).mean(1))
-    # A gradient per example is the user's to lay out.
+    # The user shards a gradient per example.
     scores = {"fisher_scores_fn": lambda params: params}
 
     def step(params, state, batch):

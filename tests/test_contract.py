@@ -1,7 +1,7 @@
 """What `update` of every method must do: one table, one set of tests.
 
-Compiling takes nearly all of the time, so all ways to call a method are in one program, in which
-what is equal is compiled once; and the tests run method by method, to share it.
+Compiling takes nearly all of the time. So all ways to call a method are in one program, which
+compiles equal parts once, and the tests run method by method to share it.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from tests.methods import METHODS, arguments_of, loss_of_params
 from tests.problems import mlp_batch, mlp_params, perturbation_loss_of_batch
 
 TAKING_GRAD_FN = {name: method for name, method in METHODS.items() if method.takes_grad_fn}
-# Of module scope: all tests of a method run one after another, and share what it compiles.
+# Module scope: all tests of a method run one after another, and share its compiled program.
 each_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS, scope="module")
 each_taking_grad_fn = pytest.mark.parametrize(
     "method", TAKING_GRAD_FN.values(), ids=TAKING_GRAD_FN, scope="module"
@@ -38,7 +38,7 @@ GRADS = gradient(PARAMS)
 
 
 def update(method, tx, state, params, grads, *, q=None, **extra_args):
-    """With everything that any method asks for; with Q where the method insists on it."""
+    """Calls `update` with every argument that a method may use, and with Q if it requires Q."""
     if method.needs_q and q is None and "perturbation_grads" not in extra_args:
         q = "function"
     arguments = arguments_of(BATCH, q=q, params=params) | extra_args
@@ -49,7 +49,7 @@ def first_grads(method, tx, params, grads, **extra_args):
     return update(method, tx, tx.init(params), params, grads, **extra_args)[0]
 
 
-# How Q is given; and alone, that is without the gradient of L.
+# How Q is given. "alone" means without the gradient of L.
 WAYS = {"L": None, "Q": "function", "gradient of Q": "gradient"}
 
 
@@ -64,7 +64,7 @@ def ways_of(method):
 
 @functools.cache
 def starts(method):
-    """For each way, the state of a method whose radius follows a schedule."""
+    """Returns, for each way, the state of a method whose radius follows a schedule."""
     state = quick_jit(method.make(rho=lambda count: 0.1).init)(PARAMS)
     alone = [f"{way} alone" for way in ways_of(method)]
     return dict.fromkeys([*ways_of(method), *alone, "zero Q"], state)
@@ -72,7 +72,7 @@ def starts(method):
 
 @functools.cache
 def program(method):
-    """An update in every way, with all that is a number as an argument."""
+    """Returns an update in every way, with every number as an argument."""
 
     @quick_jit
     def step(rho, states, params, grads):
@@ -89,14 +89,14 @@ def program(method):
 
 
 def sharp(method, rho, params=PARAMS, grads=GRADS, q=None):
-    """The descent gradient at the first step."""
+    """Returns the descent gradient of the first step."""
     way = "Q" if q or method.needs_q else "L"
     return program(method)(rho, starts(method), params, grads)[way][0]
 
 
 @functools.cache
 def two_steps(method, rho):
-    """In every way, the gradients at two places, with the state of the first step in the second."""
+    """Returns the gradients of two steps at two points, in every way."""
     step, states, results = program(method), starts(method), {way: [] for way in starts(method)}
     for scale in (1.0, 0.5):
         params = optax.tree.scale(scale, PARAMS)
@@ -112,7 +112,7 @@ def test_zero_radius_is_the_base_optimizer(method):
     results = two_steps(without_chance(method), 0.0)
     for way in ways_of(method):
         chex.assert_trees_all_close(results[way], expected, rtol=1e-5, atol=1e-6)
-    # As a Python number, zero is taken too.
+    # Zero as a Python number is accepted too.
     tx = method.make(rho=0.0)
     jax.eval_shape(functools.partial(first_grads, method, tx, unknown=1), PARAMS, GRADS)
 

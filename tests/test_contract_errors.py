@@ -1,4 +1,4 @@
-"""The arguments of `update` that no method takes, and what each says of them."""
+"""Arguments that `update` of every method refuses, and the messages."""
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +57,7 @@ ERRORS = [
         "perturbation_grads does not match params",
     ),
 ]
-# Whether the method looks at them or not.
+# Errors even if the method does not use `grads`.
 ERRORS_OF_GRADS = [
     (
         {"grads": {"hidden": tuple(GRADS["hidden"].values()), "head": GRADS["head"]}},

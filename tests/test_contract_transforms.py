@@ -1,4 +1,4 @@
-"""`update` of every method inside what optax and JAX put around it."""
+"""`update` of every method inside transformations of optax and JAX."""
 
 import functools
 
@@ -47,9 +47,9 @@ def test_under_conditionally_transform_a_skipped_step_passes_on_the_gradient_of_
 @each_method
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_same_everywhere(method):
-    """With unknown extra args only, in a chain, by grad_fn, with a mask after it.
+    """Only unknown extra args, a chain, grad_fn, and a mask after the method change nothing.
 
-    In one program, where what is equal is compiled once.
+    All are in one program, which compiles equal parts once.
     """
     tx = method.make(rho=0.1)
     chain = optax.chain(tx, optax.scale(2.0), optax.contrib.reduce_on_plateau(patience=2))
@@ -83,7 +83,7 @@ def test_the_same_everywhere(method):
 
 
 def training(method):
-    """A step of training, with a schedule before the base optimizer and momentum in it."""
+    """Returns a training step, with a scheduled radius and a base optimizer with momentum."""
     tx = optax.chain(method.make(rho=lambda count: 0.1), optax.sgd(0.1, momentum=0.9))
 
     def step(carry, _=None):
@@ -138,7 +138,7 @@ def test_vmap_over_rho(method):
     for i, rho in enumerate(rhos):
         one = jax.tree.map(lambda leaf, i=i: leaf[i], together)
         chex.assert_trees_all_close(one, sharp(method, float(rho)), rtol=1e-5, atol=1e-6)
-    # As a plain scalar, not a schedule's, too.
+    # Also as a plain scalar, not only from a schedule.
     jax.eval_shape(
         jax.vmap(lambda rho: first_grads(method, method.make(rho=rho), PARAMS, GRADS)), rhos
     )

@@ -1,4 +1,4 @@
-"""What a step costs, from the compiled program: FLOPs, temporary memory, state."""
+"""Cost of a step, from the compiled program: FLOPs, temporary memory, state."""
 
 import functools
 
@@ -68,7 +68,7 @@ NO_STATE = optax.identity()
 
 
 def compiled(step, tx=NO_STATE, params=PARAMS, batch=BATCH, **jit_options):
-    """The program, counted but never run: less effort on machine code changes no count."""
+    """Compiles a program that is counted but never run, so its machine code need not be fast."""
     state = jax.eval_shape(tx.init, params)
     lowered = jax.jit(step, **jit_options).lower(params, state, batch)
     return lowered.compile({"xla_backend_optimization_level": 0})
@@ -130,7 +130,7 @@ FAMILY = {
     "sparse": (lambda: sparse_sam_dynamic(0.1), perturbation_loss_fn, 2),
     "weighted": (lambda: weighted_sam(0.1), None, 2),
     "weighted, bilevel": (lambda: weighted_sam(0.1), perturbation_loss_fn, 3 - 1 / 3),
-    # XLA shares the forward pass at the parameters here too.
+    # Here, XLA also shares the forward pass at the parameters.
     "functional": (lambda: functional_sam(0.1), None, 2),
     "functional, bilevel": (lambda: functional_sam(0.1), perturbation_loss_fn, 2),
 }
@@ -168,7 +168,7 @@ def test_when_computes_one_branch_of_a_traced_step():
 
 @pytest.mark.parametrize("q", [None, perturbation_loss_fn], ids=["sam", "bisam"])
 def test_look_computes_the_second_gradient_every_kth_step(q):
-    """And with a perturbation loss, no gradient of that in between: only its value."""
+    """In between, a perturbation loss has only its value computed, and no gradient."""
     tx, evaluated = look_sam(0.1, k=3), []
 
     def counted(fn):
@@ -205,7 +205,7 @@ def test_look_computes_the_second_gradient_every_kth_step(q):
 def test_gradients_of_the_family(make, q, gradients):
     tx = make()
     ratio = flops(value_and_grad(tx, loss_fn, q), tx) / flops_of_a_gradient()
-    # In so small a network, what is done once a weight shows.
+    # In such a small network, the operations per weight are visible.
     assert ratio == pytest.approx(gradients, rel=0.03)
 
 
@@ -218,7 +218,7 @@ def test_tilted_is_two_gradients_a_sample(together):
         grads = jax.grad(loss_fn)(params, batch)
         return tx.update(grads, state, params, loss_fn=lambda p: loss_fn(p, batch))
 
-    # And the drawing of the noise, which shows in so small a network.
+    # Four gradients, and the drawing of the noise, which is visible in such a small network.
     assert flops(step, tx) / flops_of_a_gradient() == pytest.approx(4, rel=0.06)
 
 

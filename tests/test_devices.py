@@ -1,4 +1,4 @@
-"""The same numbers on one device and on eight, however the devices are used."""
+"""One device and eight give the same numbers, however the devices are used."""
 
 import functools
 
@@ -99,7 +99,7 @@ def pmean(updates, params=None):
     return jax.lax.pmean(updates, "data")
 
 
-# Without axis_name, a step sees the examples of its device only.
+# Without axis_name, a step sees only the examples of its device.
 SYNCHRONISED = bisam_jax.sharpness_aware(
     optax.chain(optax.stateless(pmean), bisam_jax.l2_ball(0.3))
 )
@@ -140,7 +140,7 @@ def test_vmap_over_an_axis_with_a_name_is_one_step_too():
 
 @each_check
 def test_aux_on_devices(check_vma):
-    """Examples stay where they are, means are those of all devices."""
+    """Examples stay on their devices, and means are over all devices."""
 
     def with_aux(params, batch):
         losses = losses_of_batch(params, batch)
@@ -165,7 +165,7 @@ def test_aux_on_devices(check_vma):
 
 @pytest.mark.slow
 def test_a_batch_with_keys_on_devices():
-    """Each example's own, as for dropout; the chosen examples take theirs along."""
+    """Each example has its key, as for dropout, and the chosen examples keep theirs."""
     tx = bisam_jax.efficient_sam(0.3, gamma=0.5)
 
     def noisy(params, batch):

@@ -1,4 +1,4 @@
-"""Every method through `value_and_grad`, in every way that it can be called."""
+"""Every method through `value_and_grad`, called in every way."""
 
 import functools
 
@@ -30,14 +30,14 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def q_of(method, scalar=False):
-    """Q, unless the method was built without it."""
+    """Returns Q, or None if the method was built without it."""
     if method is UPDATING["sampa"]:
         return None
     return perturbation_loss_of_batch if scalar else perturbation_losses_of_batch
 
 
 def two_steps(step, state, batch=BATCH, **extra_args):
-    """At two places, with the state of the first step in the second."""
+    """Makes two steps at two points; the second step gets the state of the first."""
     results = []
     for scale in (1.0, 0.5):
         value, grads, state = step(optax.tree.scale(scale, PARAMS), state, batch, **extra_args)
@@ -51,7 +51,7 @@ def start(name, rho=0.3):
 
 
 def update_by_hand(name, q, params, state, batch):
-    """What `update` gives for arguments that are all made by hand."""
+    """Returns the output of `update`, with all arguments made by hand."""
     given = arguments_of(batch, q=q and "function")
     grads, state = ALL[name].make(0.3).update(None, state, params, **given)
     return (q or loss_of_batch)(params, batch), grads, state
@@ -65,7 +65,7 @@ def made(name, *, scalar=False, **options):
 
 @functools.cache
 def program(name):
-    """The step of the whole batch in every way, where what is equal is compiled once."""
+    """Returns the step of the whole batch in every way; equal parts are compiled once."""
     method = ALL[name]
     ways = {
         "by hand": functools.partial(update_by_hand, name, q_of(method, scalar=True)),
@@ -87,7 +87,7 @@ def program(name):
 
 @functools.cache
 def results_of(name):
-    """For each way, value and gradient at two places, and the last state."""
+    """Returns, for each way, value and gradient at two points, and the last state."""
     step, states = program(name)
     results = {way: [] for way in states}
     for scale in (1.0, 0.5):
@@ -188,7 +188,7 @@ def test_what_needs_gradients_refuses_updates(name, option):
         made(name, **options)(PARAMS, start(name), BATCH, step=0)
 
 
-# The steps are those of the other tests: one with a state, and one that looks at single examples.
+# The other tests cover the steps. These include one with a state and one with single examples.
 each_when = [
     pytest.param(name, sizes, marks=pytest.mark.slow if sizes else [])
     for name in ("bisam", "look", "efficient")
@@ -203,7 +203,7 @@ def test_when(name, sizes):
     @quick_jit
     def both(params, state, batch):
         early, late = (step(params, state, batch, step=jnp.int32(i)) for i in (2, 3))
-        # Known while tracing: one branch only.
+        # `step` is known while tracing: only one branch is compiled.
         known = step(params, state, batch, step=2)
         return early, late, known
 
@@ -217,7 +217,7 @@ def test_when(name, sizes):
         ([late[:2]], late[2]),
         (lambda result: ([result[:2]], result[2]))(quick_jit(expected)(PARAMS, start(name), BATCH)),
     )
-    # Traced: one program for both.
+    # `step` is traced: one program for both.
     traced = quick_jit(step)
     for i, want in ((2, early), (3, late)):
         got = traced(PARAMS, start(name), BATCH, step=jnp.int32(i))
@@ -243,7 +243,7 @@ def test_conditionally_transform(name):
     tx = optax.conditionally_transform(method.make(0.3), lambda step: step % 2 == 0)
     state = tx.init(PARAMS)
     if method.needs_q:
-        # The door hands a method with Q no gradient of L: `when` does, at the cost of one.
+        # With Q, the gradient of L is not computed; only `when` computes it, at its cost.
         with pytest.raises(ValueError, match="pass the method itself, and when= to"):
             value_and_grad(tx, losses_of_batch, q_of(method))(PARAMS, state, BATCH)
         return
@@ -264,7 +264,7 @@ def test_donation(name):
     first = step(params, state, BATCH)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))
     again = step(jax.tree.map(jnp.copy, PARAMS), first[2], BATCH)
-    # The batch is not the state's to give away.
+    # Donating the state must not delete the batch.
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(BATCH))
     chex.assert_tree_all_finite(again[:2])
 
@@ -282,7 +282,7 @@ def test_bfloat16(name):
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), narrow)
     _, expected, _ = quick_jit(made(name))(wide, tx.init(wide), BATCH)
     difference = jax.tree.map(lambda g, e: g.astype(jnp.float32) - e, grads, expected)
-    # The ascent gradient is bfloat16's own, and chooses in some methods.
+    # The ascent gradient is in bfloat16, and some methods choose examples or weights by it.
     loose = 0.5 if ALL[name].examples else 0.05
     assert optax.tree.norm(difference) < loose * optax.tree.norm(expected)
 
@@ -310,7 +310,7 @@ def test_the_state_keeps_its_type(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n, method in ALL.items() if method.examples])
 def test_functions_of_examples_can_be_replaced(name):
-    """The user's own, which here look at other examples."""
+    """Functions of the user, which here use other examples, replace those of the step."""
     other = mlp_batch(seed=5)
     own = {
         key: value
@@ -329,7 +329,7 @@ def test_functions_of_examples_can_be_replaced(name):
 @pytest.mark.slow
 @each
 def test_leaves_that_are_not_floating(name):
-    """They change nothing, and get no updates."""
+    """Such leaves change nothing, and get no updates."""
     params = {"net": PARAMS, "count": jnp.array(3), "none": None}
     if not ALL[name].contains_optimizer:  # optax's optimizers cannot scale what JAX gives for a key
         params["key"] = jax.random.key(0)
@@ -351,7 +351,7 @@ def test_leaves_that_are_not_floating(name):
     assert grads["none"] is None
 
 
-# What they draw depends on where a leaf stands in the tree.
+# Their random draws depend on the position of a leaf in the tree.
 DRAWING = ("tilted", "efficient", "sparse dynamic")
 
 

@@ -24,7 +24,7 @@ from tests.test_front_door import (
 
 
 def replicated_but_the_batch(state, value, batch):
-    """`value` for every leaf of a state but sampa's previous batch, which lies as batches do."""
+    """Returns `value` for every leaf of a state; sampa's batch is sharded like batches instead."""
 
     def spec(path, _):
         names = [getattr(key, "name", None) for key in path]
@@ -78,12 +78,12 @@ def mapped(name, way, **options):
     return on_whole
 
 
-# One of each kind: means of the batch, single examples, and states of both sorts.
+# One method of each kind: means of the batch, single examples, and both sorts of state.
 SOME = ["bisam", "sparse fisher", "efficient", "friendly"]
 
 
 def each_name_and_way(names):
-    """Every method where JAX checks what varies; the rules are the same in the other ways."""
+    """Parametrizes: every method with varying-axis checks, and some in the ways without them."""
     ways = [(name, "checked") for name in names]
     ways += [(name, way) for name in SOME for way in ("unchecked", "pmap")]
     default = [*((name, "checked") for name in SOME), ("bisam", "unchecked")]

@@ -84,7 +84,7 @@ def in_float64(tree):
 
 @jax.jit
 def explicit(params, batch, ascent):
-    """Each entry of the Jacobian at the perturbed parameters, times the slope of the softmax."""
+    """The result is the Jacobian at the perturbed parameters, times the slope of the softmax."""
     norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(ascent)))
     point = jax.tree.map(lambda w, g: w + RHO * g / norm, params, ascent)
     probabilities = jax.nn.softmax(mlp_logits(params, batch["x"]))
@@ -96,7 +96,7 @@ def explicit(params, batch, ascent):
 
 @jax.jit
 def ascents(params, batch):
-    """The gradients of L and of Q."""
+    """Returns the gradients of L and of Q."""
     return [
         jax.grad(lambda params, fn=fn: fn(params, batch).mean())(params)
         for fn in (losses_of_batch, perturbation_losses_of_batch)
@@ -157,7 +157,7 @@ def test_aux_of_the_logits_function(sizes):
 
 
 def test_it_is_not_sam():
-    """Its slope is that of the clean logits."""
+    """Functional SAM uses the slope at the clean logits."""
     actual, _ = descent(functional_sam(0.3), grads=CLEAN, loss_fn=LOSS)
     sam = jax.grad(LOSS)(jnp.asarray(W + 0.3 * unit(CLEAN)))
     assert np.abs(actual - sam).max() > 0.1

@@ -1,4 +1,4 @@
-"""The library's own order: what is public, how it is documented, and how long its parts are."""
+"""Rules of the library: public names, documentation, and the length of modules and functions."""
 
 import ast
 import importlib
@@ -41,7 +41,7 @@ def test_all_is_sorted_and_complete():
 
 
 def test_what_is_for_users_is_re_exported():
-    """Every state, and every function whose docstring shows how to call it."""
+    """Users need every state, and every function whose docstring shows how to call it."""
     for module in MODULES:
         for name, member in vars(module).items():
             if getattr(member, "__module__", None) != module.__name__ or name.startswith("_"):
@@ -71,7 +71,7 @@ def test_docstrings_of_states(name):
 
 
 def test_state_fields_are_unique():
-    """`optax.tree.get` raises on two of a name."""
+    """`optax.tree.get` raises if two fields have the same name."""
     fields = [field for name in STATES for field in getattr(bisam_jax, name)._fields]
     assert len(fields) == len(set(fields))
 
@@ -92,7 +92,7 @@ def outermost_functions(tree):
 
 
 def lines_of_code(function, text):
-    """The lines of its body and of the functions in it, without docstrings, comments and blanks."""
+    """Counts the lines in a function, without docstrings, comments and blanks."""
     numbers = set(range(function.body[0].lineno, function.end_lineno + 1))
     for node in ast.walk(function):
         if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
@@ -109,7 +109,7 @@ def test_functions_are_short(source):
 
 
 class Imports(ast.NodeVisitor):
-    """The packages that a module imports when it is run."""
+    """Collects the packages that a module imports when it is run."""
 
     def __init__(self):
         self.packages = set()

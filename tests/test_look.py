@@ -26,7 +26,7 @@ called = []
 
 
 def noted(name, fn):
-    """`fn`, which notes every evaluation at run time."""
+    """Returns `fn`, with a note of every evaluation at run time."""
 
     def noted_fn(w):
         jax.debug.callback(lambda: called.append(name))
@@ -49,7 +49,7 @@ def step(tx, state, w, g, c, kind, given):
 @each_ascent
 @pytest.mark.parametrize("given", [True, False], ids=["grads", "no grads"])
 def test_look_on_a_quadratic(ball, eps, q, a, given):
-    """The gradients, where they are taken, and that no other is computed."""
+    """Checks the gradients, the points where they are taken, and that no other is computed."""
     kind = {"perturbation_loss_fn": "function", "perturbation_grads": "gradient"}
     kind = kind[next(iter(q))] if q else None
     tx = look_sam(**ball, alpha=0.7, k=3)

@@ -134,7 +134,7 @@ def test_any_lower_bound_and_traced_mu():
     np.testing.assert_allclose(loss(2.0), jnp.log(1 + 2 * jnp.exp(2.0)) / 2, rtol=1e-6)
 
 
-# With every rounding to a narrow dtype that there is outside of jit.
+# Keeps every rounding to a narrow dtype, as outside of jit.
 @functools.partial(
     jax.jit, static_argnames="loss", compiler_options={"xla_allow_excess_precision": False}
 )
@@ -177,8 +177,8 @@ def test_permuting_the_classes_changes_nothing(loss, logits, order):
 
 @each_loss
 def test_gradient_sums_to_zero_even_for_confident_examples(loss):
-    # In float32 a class 40 below the true one has a gradient of e^-40: it must reach the true
-    # logit too, not be lost beside larger terms.
+    # In float32, a class 40 below the true one has a gradient of e^-40. It must also reach the true
+    # logit, and not be lost next to larger terms.
     logits = jnp.array([[8.0, 0.0, -2.0], [7.0, 2.0, 0.0], [0.1, 0.0, 0.2]])
     if loss is perturbation_loss:
         logits = logits.at[0, 0].set(40.0)
@@ -200,7 +200,7 @@ def test_where_equals_leaving_classes_out(loss):
     kept, _ = values_and_grads(loss, logits[:, :3], labels, None)
     mask = np.broadcast_to(np.arange(5) < 3, logits.shape)
     values, grads = values_and_grads(loss, np.where(mask, logits, -np.inf), labels, mask)
-    # Near zero it is the logarithm of a sum near one, which is rounded in its own way.
+    # Near zero, the value is the logarithm of a sum near one, which is rounded differently.
     np.testing.assert_allclose(values, kept, rtol=1e-6, atol=np.finfo(np.float32).eps)
     assert jnp.isfinite(grads).all()
     assert (grads[:, 3:] == 0).all()
@@ -283,7 +283,7 @@ def test_masked_labels_may_be_out_of_range(jit, array, of_classes):
 @each_out_of_range
 @each_loss
 def test_traced_labels(loss, labels):
-    """The gradient is finite where a label out of range is masked, and its value NaN where not."""
+    """A masked label out of range changes no value and no gradient."""
     logits, labels = np.arange(12, dtype=np.float32).reshape(4, 3), jnp.array(labels)
     where = jnp.array([True, False, True, True])
     values, grads = map(np.asarray, values_and_grads(loss, logits, labels, where))

@@ -1,4 +1,4 @@
-"""In company with optax's wrappers and optimizers."""
+"""Methods together with the wrappers and optimizers of optax."""
 
 import functools
 
@@ -36,7 +36,7 @@ GRADS = quick_jit(jax.grad(loss_fn))(PARAMS)
 
 @functools.partial(quick_jit, static_argnames="make")
 def sharp(rho, make=bisam):
-    """The gradient that `make` hands on, where Q is ascended."""
+    """Returns the gradient that `make(rho)` passes on when Q is ascended."""
     tx = make(rho)
     losses = {"loss_fn": loss_fn, "perturbation_loss_fn": q}
     return tx.update(GRADS, tx.init(PARAMS), PARAMS, **losses)[0]

@@ -108,7 +108,7 @@ def test_non_finite_gradients_are_not_hidden(value):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_norm_of_narrow_gradients_is_taken_in_float32(dtype):
-    # In bfloat16 the sum over 1,000 leaves would stop growing at 256.
+    # In bfloat16, the sum over 1,000 leaves would stop growing at 256.
     gradient = [jnp.ones(1, dtype)] * 1000
     eps = perturb(l2_ball(1.0), gradient)
     assert all(leaf.dtype == dtype for leaf in eps)

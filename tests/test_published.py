@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 
 def perturbation_loss_of(hyperparameters: dict):
-    """Q per example for a case, or None where the training loss is ascended."""
+    """Returns Q per example for a case, or None if the training loss is ascended."""
     match hyperparameters.get("ascent_loss", "smooth_ce"):
         case "log":
             return functools.partial(perturbation_loss, mu=hyperparameters["mu"])
@@ -47,7 +47,7 @@ def perturbation_loss_of(hyperparameters: dict):
 def method_of(name: str, hyperparameters: dict) -> optax.GradientTransformationExtraArgs:
     rho = hyperparameters["rho"]
     if name == "asam_mlp":
-        # The authors' code scales what is called "weight", that is W1 and W2.
+        # The authors' code scales the arrays named "weight", which are W1 and W2.
         return asam(
             rho, hyperparameters["eta"], where=lambda p: jax.tree.map(lambda w: w.ndim > 1, p)
         )

@@ -1,4 +1,4 @@
-"""The family's numbers, as the authors' own implementations give them, in float64."""
+"""The family's numbers from the authors' own implementations, in float64."""
 
 import functools
 
@@ -68,8 +68,8 @@ class Case:
     def run(self, tx, state=None, numbers=lambda t, params: {}, extra_args=None, after=None):
         """Steps through the file.
 
-        `numbers` are what step t has besides its batch, from which `extra_args` makes the
-        arguments of `update`; `after` sees each step's state.
+        `numbers` returns the numbers of step t other than its batch. `extra_args` makes the
+        arguments of `update` from them. `after` is called with the state of each step.
         """
 
         @jax.jit
@@ -135,7 +135,7 @@ def test_sparse_fisher_with_the_stale_gradient_of_the_published_code():
     h = case.hyperparameters
     updates_after = np.flatnonzero(case.golden["mask_updated"])
     every = int(np.diff(updates_after)[0])
-    # Published: no mask at first, and a new one after the steps 0, `every`, 2 * `every`.
+    # Published: no mask at first, then a new mask after the steps 0, `every`, 2 * `every`.
     tx = sparse_sam_fisher(h["rho"], h["sparsity"], update_every=every)
     start = tx.init(case.tree("init"))
     state = optax.tree.set(start, fisher_count=jnp.asarray(every - 1, jnp.int32))
@@ -203,7 +203,7 @@ def test_efficient():
     case = Case("esam_mlp", LOOSE)
     h = case.hyperparameters
     examples = case.golden["batch/y"].shape[1]
-    # Published: strictly above the k-th largest rise, so one example less than k.
+    # Published: strictly above the k-th largest rise, so one example fewer than k.
     kept = int(examples * h["gamma"]) - 1
     assert (case.golden["selected"].sum(-1) == kept).all()
     tx = efficient_sam(h["rho"], h["beta"], kept / examples)

@@ -42,7 +42,7 @@ def shifted_q(w, batch):
 
 
 def by_hand(eps, bilevel):
-    """The weights after each step."""
+    """Returns the weights after each step."""
     x, v, look, direction = W, np.zeros(2), np.zeros(2), None
     for t, batch in enumerate(SHIFTS):
         previous = SHIFTS[max(t - 1, 0)]
@@ -138,7 +138,7 @@ def mesh_of(halves, size, kind=AxisType.Auto):
 
 
 def noisy_loss(params, batch):
-    """With a key an example, as dropout has."""
+    """Uses one key per example, as dropout does."""
     noise = jax.vmap(lambda key: jax.random.uniform(key, (4,)))(batch["key"])
     return loss_of_batch(params, {"x": batch["x"].astype(float) + noise, "y": batch["y"]})
 
@@ -192,7 +192,7 @@ def test_two_halves_give_the_same_numbers(bilevel, size):
 
 
 def program(mesh, gradient_axis):
-    """Of a step that is all products of matrices."""
+    """Returns the program of a step that consists of matrix products."""
     params = {"w": jax.ShapeDtypeStruct((3, 64, 64), jnp.float32)}
     batch = jax.ShapeDtypeStruct((128, 64), jnp.float32, sharding=NamedSharding(mesh, P("data")))
     tx = sampa(optax.sgd(0.1), 0.3, batch_like=batch, gradient_axis=gradient_axis)
@@ -213,7 +213,7 @@ def test_each_half_computes_one_gradient():
     one, half = program(mesh_of(1, 1), None), program(mesh_of(2, 1), "gradients")
     ratio = half.cost_analysis()["flops"] / one.cost_analysis()["flops"]
     assert ratio == pytest.approx(0.5, abs=0.02)
-    # What one half knows goes to the other once; points and batches are there already.
+    # Each half sends its result to the other half once. Points and batches are not sent.
     collectives = re.findall(r"= .*? (all-\w+|collective-\w+|reduce-scatter)", half.as_text())
     assert set(collectives) == {"all-gather"}
 

@@ -1,4 +1,4 @@
-"""Closed forms on quadratics, where every sign, radius and norm can be worked out by hand."""
+"""Closed forms on quadratics, where every sign, radius and norm can be computed by hand."""
 
 import jax
 import jax.numpy as jnp

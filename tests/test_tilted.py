@@ -70,7 +70,7 @@ def in_an_adaptive_ball(tilt):
 
 @each_function
 def test_adaptive_tilted_on_a_quadratic(q, a):
-    """Each start has a ball of its own size."""
+    """Each start has a ball of a different size."""
     expected = expected_descent(2.0, q, adaptive_eps)
     actual = with_and_without_grads(in_an_adaptive_ball, 2.0, q.get("perturbation_loss_fn"))
     np.testing.assert_allclose(actual, [expected] * 2, rtol=1e-12)

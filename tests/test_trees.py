@@ -39,7 +39,7 @@ def loss_fn(params):
 
 
 def operations(tx, leaves, **extra_args):
-    """How often the compiled program of an update takes a maximum or a sum of two."""
+    """Counts the binary maxima and sums in the compiled program of an update."""
     params = [jax.ShapeDtypeStruct((2, 3), jnp.float32)] * leaves
     state = jax.eval_shape(tx.init, params)
     update = quick_jit(functools.partial(tx.update, **extra_args))
@@ -56,7 +56,7 @@ def operations(tx, leaves, **extra_args):
     ],
 )
 def test_a_program_is_as_long_as_there_are_leaves(tx, extra_args):
-    """Twice the leaves take twice the operations, or XLA's time would grow with their square."""
+    """Twice the leaves take twice the operations, or XLA's time would grow quadratically."""
     few, many = (operations(tx, leaves, **extra_args) for leaves in (16, 32))
     assert (few > 0).all()
     assert (many <= 2.3 * few).all(), (few, many)

@@ -34,7 +34,7 @@ def with_aux(fn):
 
 @functools.cache
 def step_of(loss_fn=loss_of_batch, q=None, *, tx=SAM, **arguments):
-    """A compiled step, shared by the tests that ask for the same one."""
+    """Returns a compiled step, shared by the tests with the same arguments."""
     return quick_jit(value_and_grad(tx, loss_fn, q, **arguments))
 
 
@@ -45,7 +45,7 @@ def result_of(*losses, tx=SAM, batch=None, **arguments):
 
 @functools.partial(quick_jit, static_argnames=("tx", "q"))
 def by_hand(tx, batch, q=perturbation_loss_of_batch):
-    """The step as its definition says, on one batch."""
+    """Returns the step of the definition, on one batch."""
     value, ascent = jax.value_and_grad(q)(PARAMS, batch)
 
     def loss_fn(params):
@@ -69,7 +69,7 @@ def test_aux_is_that_of_the_clean_pass():
     chex.assert_trees_all_close(aux["logits"], mlp_logits(PARAMS, BATCH["x"]), **CLOSE)
     expected = by_hand(BISAM, BATCH)
     chex.assert_trees_all_close((value, grads), expected[:2], **CLOSE)
-    # What makes no clean pass may leave it out.
+    # A loss that makes no clean pass may leave out aux.
     without = loss_of_batch, with_aux(perturbation_loss_of_batch)
     again = result_of(*without, has_aux=True, tx=BISAM)
     chex.assert_trees_all_close(again[:2], ((value, aux), grads), **CLOSE)
@@ -177,7 +177,7 @@ def test_narrow_parameters_accumulate_in_float32(sizes):
 
 
 def test_extra_args_and_numpy_batches():
-    """Outside of jit, where what is not a JAX array stays one."""
+    """Outside of jit, arguments that are not JAX arrays stay unchanged."""
 
     def loss_fn(w, batch):
         return jnp.mean(jnp.square(batch["x"] @ w - batch["y"]))

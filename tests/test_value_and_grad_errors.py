@@ -1,4 +1,4 @@
-"""The arguments of `value_and_grad` and of its step that do not fit, and what is said of them."""
+"""Arguments that `value_and_grad` and its step refuse, and the messages."""
 
 import jax
 import jax.numpy as jnp
