@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import pytest
 
@@ -28,3 +30,11 @@ def small_vit(monkeypatch):
 
     architecture = models.Architecture(vit, convolutional=False)
     monkeypatch.setitem(models.ARCHITECTURES, "vit_tiny", architecture)
+
+
+@pytest.fixture
+def small_mlp(monkeypatch):
+    """A narrow perceptron, as mlp."""
+    narrow = functools.partial(models.MLP, width=16)
+    known = models.ARCHITECTURES["mlp"]._replace(module=narrow)
+    monkeypatch.setitem(models.ARCHITECTURES, "mlp", known)

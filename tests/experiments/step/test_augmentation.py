@@ -1,8 +1,12 @@
+"""Crops, flips, normalization and Cutout: what they do, how often, and that the key decides."""
+
 import jax
 import numpy as np
 import pytest
 
-from experiments import augmentation
+from experiments.step import augmentation
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 KEY = jax.random.key(0)
 
@@ -11,7 +15,7 @@ random_flip = jax.jit(augmentation.random_flip)
 cutout = jax.jit(augmentation.cutout, static_argnums=2)
 
 
-def test_each_image_is_cropped_at_one_of_all_offsets_alike():
+def test_all_offsets_of_a_crop_are_equally_likely():
     height, width, padding = 5, 7, 2
     image = np.arange(1, height * width * 2 + 1, dtype=np.uint8).reshape(height, width, 2)
     padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)))
@@ -56,10 +60,8 @@ def test_normalised_images(channels):
     np.testing.assert_allclose(normalised, (np.float32(images) - mean) / std, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("length", "height", "width"), [(4, 7, 9), (5, 9, 6), (1, 3, 4), (2, 3, 3)]
-)
-def test_squares_are_cut_at_all_corners_alike(length, height, width):
+@pytest.mark.parametrize(("length", "height", "width"), [(5, 9, 6), (1, 3, 4), (2, 3, 3)])
+def test_all_corners_of_a_cut_are_equally_likely(length, height, width):
     half = length // 2
     corners = [(y, x) for y in range(-half, height - half) for x in range(-half, width - half)]
     expected = {}
@@ -79,7 +81,7 @@ def test_squares_are_cut_at_all_corners_alike(length, height, width):
 
 
 def test_an_image_is_cut_with_the_probability():
-    images = np.random.default_rng(0).normal(size=(2000, 32, 32, 3)).astype(np.float32)
+    images = np.random.default_rng(0).normal(size=(2000, 18, 18, 1)).astype(np.float32)
     for probability in (0.0, 0.25, 1.0):
         cut = np.asarray(cutout(KEY, images, 16, probability))
         changed = (cut != images).any((1, 2, 3))
@@ -96,7 +98,7 @@ AUGMENTATIONS = {
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
-def test_the_key_decides_whatever_the_devices(name):
+def test_only_the_key_decides_on_any_number_of_devices(name):
     fn = AUGMENTATIONS[name]
     images = np.random.default_rng(0).integers(1, 256, (3, 16, 20, 20, 3), np.uint8)
     keys = jax.random.split(KEY, 3)

@@ -1,0 +1,46 @@
+"""Reads what a run left behind."""
+
+import jax
+import numpy as np
+
+from experiments.run.checkpoints import Checkpoints
+from experiments.run.folder import RunFolder, read_config
+from experiments.run.training import experiment_from
+from experiments.system import files
+
+
+def rows_of(folder):
+    """The lines of metrics.csv without the speed."""
+    rows = files.read_csv(folder / "metrics.csv")
+    for row in rows:
+        del row["examples_per_second"]
+    return rows
+
+
+def saved_steps(folder):
+    """The steps that have a checkpoint, in order."""
+    checkpoints = folder / "checkpoints"
+    names = [path.name for path in checkpoints.iterdir()] if checkpoints.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def state_at(folder, step):
+    """The arrays of the state at a checkpoint, the key as numbers."""
+    checkpoints = Checkpoints(folder / "checkpoints", keep=None)
+    state, _ = checkpoints.restore(step, experiment_from(read_config(folder)).first_state())
+    checkpoints.close()
+    state = state._replace(key=jax.random.key_data(state.key))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+def assert_same_run(folder, other, total_steps):
+    """Both runs are finished, with the same state, metrics and test accuracy, bit for bit."""
+    states = [state_at(run, total_steps) for run in (folder, other)]
+    for leaf, expected in zip(*states, strict=True):
+        np.testing.assert_array_equal(leaf, expected)
+    assert rows_of(folder) == rows_of(other)
+    summaries = [RunFolder(run).read_summary() for run in (folder, other)]
+    names = ("status", "steps", "checkpoint_epoch", "validation_accuracy", "test_accuracy")
+    first, second = ({name: summary[name] for name in names} for summary in summaries)
+    assert first == second
+    assert first["status"] == "finished"
