@@ -1,7 +1,5 @@
 """The rows of a table, from made-up results."""
 
-import dataclasses
-
 import pytest
 
 from experiments.comparison import table
@@ -35,17 +33,6 @@ def test_gradients_are_those_of_what_was_chosen():
     row = rows(SGD, *longer, few, many)["tilted", 10]
     assert row.same_gradients.estimate.mean == pytest.approx(0.1)
     assert row.swept == ["num_samples"]
-
-
-def test_what_is_reported_is_tested_with_the_values_that_validation_chose():
-    """Not with those of the best test accuracy."""
-    misleading = [
-        dataclasses.replace(result, validation_accuracy=0.1, test_accuracy=0.95)
-        for result in eight("sam", 0.5, rho=0.2)
-    ]
-    row = rows(SGD, SAM, misleading)["sam", 10]
-    assert row.best.values == {"rho": 0.1}
-    assert row.test.mean == pytest.approx(0.7 + 0.01 * 7 / 8)
 
 
 def test_another_baseline():
