@@ -50,14 +50,11 @@ def descent(tx, state=None, *, grads=GRADIENT, **extra_args):
 
 
 # Arguments for the ascended loss, and its gradient at W.
-L_IS_ASCENDED = pytest.param({}, GRADIENT, id="sam")
-Q_IS_ASCENDED = pytest.param({"perturbation_loss_fn": linear}, C, id="bisam")
-each_function = pytest.mark.parametrize(("q", "a"), [L_IS_ASCENDED, Q_IS_ASCENDED])
 each_ascent = pytest.mark.parametrize(
     ("q", "a"),
     [
-        L_IS_ASCENDED,
-        Q_IS_ASCENDED,
+        pytest.param({}, GRADIENT, id="sam"),
+        pytest.param({"perturbation_loss_fn": linear}, C, id="bisam"),
         pytest.param({"perturbation_grads": C}, C, id="bisam, by gradient"),
     ],
 )

@@ -124,7 +124,7 @@ def test_zero_ascent_gradient_is_the_plain_step(method):
 
 
 WITHOUT_NOISE = dataclasses.replace(
-    METHODS["tilted"], make=functools.partial(METHODS["tilted"].make, radius=0.0)
+    METHODS["tilted"], make=functools.partial(METHODS["tilted"].make, num_samples=1, radius=0.0)
 )
 WITH_ALL_EXAMPLES = dataclasses.replace(
     METHODS["efficient"], make=functools.partial(METHODS["efficient"].make, gamma=1.0)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from bisam_jax import asam, bisam, l2_ball, sharpness_aware, value_and_grad
+from bisam_jax import asam, bisam, gsam, l2_ball, sharpness_aware, value_and_grad
 from tests.compiled import quick_jit
 from tests.problems import (
     loss_of_batch,
@@ -122,6 +122,12 @@ def test_inject_hyperparams_with_a_mask():
     plain = asam(0.3, where=jax.tree.map(lambda w: w.ndim > 1, PARAMS))
     expected, _ = update(plain, plain.init(PARAMS), GRADS)
     chex.assert_trees_all_close(grads, expected, **CLOSE)
+
+
+def test_a_default_radius_beside_another_ball_may_be_traced():
+    make = optax.inject_hyperparams(gsam, static_args="perturbation")
+    tx = make(perturbation=l2_ball(0.3))
+    jax.eval_shape(functools.partial(update, tx), tx.init(PARAMS), GRADS)
 
 
 def test_conditionally_transform_is_sam_every_other_step():

@@ -115,7 +115,7 @@ def test_friendly():
     case.run(friendly_sam(h["rho"], h["sigma"], h["lmbda"]), after=after)
 
 
-@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("together", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["tsam_lo_mlp", "tsam_hi_mlp"])
 def test_tilted(name, together):
     case = Case(name)
