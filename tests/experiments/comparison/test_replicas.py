@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import re
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from experiments import data
+from experiments.comparison import replicas
 from experiments.comparison.replicas import Replicas, inputs_of, labels_of
 from experiments.config.config import Config, Place
 from experiments.config.hyperparameters import HYPERPARAMETERS, STRUCTURAL
@@ -134,6 +136,20 @@ def test_replicas_over_devices_in_short_launches_and_places_that_are_filled_up(m
         patch.setattr("experiments.run.experiment.STEPS_AT_ONCE", 2)
         found = together(runs, count=4, devices=jax.devices()[:2])
     check(runs, *found)
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best"),
+    [([0.5, 0.7, 0.6], 1), ([0.5, 0.7, 0.7], 2), ([0.7, np.nan, 0.7], 2), ([0.7, 0.5, np.nan], 0)],
+    ids=["better", "equal", "equal after no number", "no number"],
+)
+def test_the_best_epoch_is_kept(accuracies, best):
+    population = replicas.Population(None, np.float32(-1), -1, -1)
+    for epoch, accuracy in enumerate(accuracies):
+        state = types.SimpleNamespace(params=epoch, stats=10 * epoch)
+        population = replicas._keep_best(population._replace(state=state), np.float32(accuracy))
+    assert (population.params, population.stats) == (best, 10 * best)
+    assert population.accuracy == np.float32(accuracies[best])
 
 
 def test_a_step_that_is_plain_costs_one_gradient_among_replicas_too():
