@@ -6,7 +6,6 @@ import shutil
 import signal
 from pathlib import Path
 
-import jax
 import pytest
 
 from experiments import evaluate, train

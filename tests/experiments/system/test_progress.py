@@ -1,10 +1,12 @@
+"""A progress bar, with and without a reader."""
+
 import sys
 
-from experiments import progress
+from experiments.system import progress
 
 
 class Gone:
-    """Nobody reads."""
+    """A stream that nobody reads."""
 
     def write(self, text):
         raise BrokenPipeError
@@ -13,18 +15,18 @@ class Gone:
         raise BrokenPipeError
 
 
-def test_who_looks_may_go_away(monkeypatch, capsys):
+def test_a_reader_that_goes_away_does_not_end_the_program(monkeypatch, capsys):
     with progress.shown(2, "step", done=1) as bar:
-        progress.write("a line")
+        progress.print_line("a line")
         monkeypatch.setattr(sys, "stdout", Gone())
         bar._bar.fp = Gone()
         bar.advance(1)
-        progress.write("another")
+        progress.print_line("another")
     monkeypatch.undo()
     assert capsys.readouterr().out == "a line\n"
 
 
-def test_silence(capsys):
+def test_a_silent_bar_prints_nothing(capsys):
     with progress.shown(2, "step", silent=True) as bar:
         bar.advance(2)
     assert capsys.readouterr() == ("", "")

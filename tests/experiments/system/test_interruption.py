@@ -1,10 +1,12 @@
+"""Signals that come while a run is under way."""
+
 import os
 import signal
 
-from experiments.interruption import Interruption
+from experiments.system.interruption import Interruption
 
 
-def test_one_within_another():
+def test_nested_interruptions_note_the_same_signal():
     """A signal to a run of a comparison stops the comparison too; the next one ends both."""
     before = signal.getsignal(signal.SIGTERM)
     with Interruption() as outer:
@@ -15,7 +17,7 @@ def test_one_within_another():
         assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_signal_to_the_outer_one_is_its_own():
+def test_a_later_signal_is_only_for_the_outer_interruption():
     with Interruption() as outer:
         with Interruption() as inner:
             pass

@@ -1,0 +1,69 @@
+"""Training processes that are terminated and killed, and resumed."""
+
+import signal
+import time
+
+import pytest
+
+from tests.experiments.run.runs import assert_same_run, saved_steps
+from tests.experiments.script import start
+
+pytestmark = [pytest.mark.processes, pytest.mark.slow]
+
+# 1,256 steps with a save every 40: most of the time, a run is within an epoch and within a save.
+LONG = ["--epochs", "4", "--batch-size", "4", "--learning-rate", "0.01", "--checkpoint-every", "40"]
+LONG += ["--method", "sparse-dynamic"]
+STEPS = 4 * 314
+
+
+def is_saving(folder):
+    return any("tmp" in path.name for path in (folder / "checkpoints").iterdir())
+
+
+def stop(process, folder, number, when):
+    """Sends the signal as soon as `when` is true; until then the run must not end."""
+    deadline = time.monotonic() + 300
+    while not when():
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)  # a save takes longer
+    process.send_signal(number)
+    out, err = process.communicate(timeout=120)
+    assert "Traceback" not in err
+    return out
+
+
+def test_a_killed_run_ends_as_one_that_was_never_killed(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    uninterrupted = start(*LONG, "--output", whole, cwd=tmp_path)
+
+    # A terminated run saves and says so.
+    process = start(*LONG, "--output", stopped, cwd=tmp_path)
+    out = stop(process, stopped, signal.SIGTERM, lambda: len(saved_steps(stopped)) >= 2)
+    assert process.returncode == 0
+    last = saved_steps(stopped)[-1]
+    assert f"saved at step {last}" in out
+    assert 0 < last < STEPS
+
+    # It is killed within an epoch and within a save.
+    for _ in range(5):
+        process = start("--resume", stopped, cwd=tmp_path)
+        stop(
+            process,
+            stopped,
+            signal.SIGKILL,
+            lambda: saved_steps(stopped)[-1] > last and is_saving(stopped),
+        )
+        assert process.returncode == -signal.SIGKILL
+        if is_saving(stopped):
+            break
+    assert is_saving(stopped)
+    assert saved_steps(stopped)[-1] < STEPS
+
+    process = start("--resume", stopped, cwd=tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "resuming from step" in out
+    _, err = uninterrupted.communicate(timeout=300)
+    assert uninterrupted.returncode == 0, err
+    assert_same_run(stopped, whole, STEPS)
