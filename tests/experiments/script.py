@@ -1,4 +1,4 @@
-"""The training script in a process of its own."""
+"""Starts the training script in another process."""
 
 import os
 import socket
@@ -10,10 +10,11 @@ ROOT = Path(__file__).parents[2]
 HEARTBEAT_TIMEOUT = 15
 
 
-def start(*args, cwd, devices=1):
+def start(*args, cwd, devices=1, quick=False):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     environment.pop("XLA_FLAGS", None)
     environment["JAX_NUM_CPU_DEVICES"] = str(devices)
+    environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(quick)
     return subprocess.Popen(
         [sys.executable, "-m", "experiments.train", *map(str, args)],
         cwd=cwd,
@@ -32,6 +33,8 @@ def start_together(*args, cwd, own=((), ()), devices=1):
     together = ["--distributed", "--coordinator-address", f"127.0.0.1:{port}"]
     together += ["--num-processes", len(own), "--heartbeat-timeout", HEARTBEAT_TIMEOUT]
     return [
-        start(*args, *options, *together, "--process-id", number, cwd=cwd, devices=devices)
+        start(
+            *args, *options, *together, "--process-id", number, cwd=cwd, devices=devices, quick=True
+        )
         for number, options in enumerate(own)
     ]

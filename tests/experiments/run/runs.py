@@ -1,5 +1,7 @@
 """Reads what a run left behind."""
 
+import dataclasses
+
 import jax
 import numpy as np
 
@@ -25,12 +27,17 @@ def saved_steps(folder):
 
 
 def state_at(folder, step):
-    """The arrays of the state at a checkpoint, the key as numbers."""
+    """The arrays of the state at a checkpoint, keys as numbers."""
+    config = dataclasses.replace(read_config(folder), devices=1)
     checkpoints = Checkpoints(folder / "checkpoints", keep=None)
-    state, _ = checkpoints.restore(step, experiment_from(read_config(folder)).first_state())
+    state, _ = checkpoints.restore(step, experiment_from(config).first_state())
     checkpoints.close()
-    state = state._replace(key=jax.random.key_data(state.key))
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+    return [np.asarray(without_key(leaf)) for leaf in jax.tree.leaves(state)]
+
+
+def without_key(leaf):
+    is_key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
 
 
 def assert_same_run(folder, other, total_steps):

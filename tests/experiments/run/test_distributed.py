@@ -12,7 +12,7 @@ from tests.experiments import tiny_dataset
 from tests.experiments.run import runs
 from tests.experiments.script import HEARTBEAT_TIMEOUT, start, start_together
 
-pytestmark = pytest.mark.processes
+pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("quick_compilation")]
 
 # 416 steps, a save every 50: a run can be stopped in the middle.
 LONG = ["--epochs", "4", "--batch-size", "12", "--checkpoint-every", "50", "--method", "friendly"]
@@ -62,13 +62,14 @@ def when_saved(folder, processes, steps):
 def single(tmp_path_factory):
     """The long run in one process, on one device."""
     folder = tmp_path_factory.mktemp("single") / "run"
-    ends([start(*LONG, "--output", folder, cwd=folder.parent)])
+    ends([start(*LONG, "--output", folder, cwd=folder.parent, quick=True)])
     return folder
 
 
-@pytest.mark.parametrize("way", ["jit", pytest.param("shard_map", marks=slow)])
+@slow
+@pytest.mark.parametrize("way", ["jit", "shard_map"])
 def test_two_processes_of_two_devices_give_the_numbers_of_one(way, tmp_path):
-    options = {"epochs": 2, "batch_size": 16, "train_examples": 160, "learning_rate": 0.0005}
+    options = {"epochs": 2, "batch_size": 16, "train_examples": 80, "learning_rate": 0.0005}
     args = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     args += ["--parallelism", way, "--output", tmp_path / "two"]
     two = start_together(*args, cwd=tmp_path, devices=2)
@@ -104,7 +105,13 @@ def test_a_termination_of_one_process_saves_in_all(single, tmp_path):
     (out, _), _ = ends(processes)
     assert "saved at step" in out
     # It resumes with another number of processes and of devices.
-    ends([start("--resume", folder, "--devices", 2, "--fsdp", 2, cwd=tmp_path, devices=2)])
+    ends(
+        [
+            start(
+                "--resume", folder, "--devices", 2, "--fsdp", 2, cwd=tmp_path, devices=2, quick=True
+            )
+        ]
+    )
     assert_same_run(folder, single)
 
 

@@ -17,7 +17,7 @@ from experiments.step.train_step import keys_of
 pytestmark = pytest.mark.usefixtures("quick_compilation", "small_mlp")
 
 PLAIN = {"method": "sgd"}
-MIXED = {"method": "gsam", "perturbation": "log", "label_smoothing": 0.0}
+MIXED = {"method": "bisam-log", "label_smoothing": 0.0}
 VIT = {"model": "vit_tiny", "method": "bisam-log"}
 WAYS = {
     "plain": PLAIN,

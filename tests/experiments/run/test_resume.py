@@ -27,7 +27,7 @@ def config(output, **options):
 
 @pytest.mark.parametrize(
     "method",
-    ["sparse-dynamic", *(pytest.param(m, marks=pytest.mark.slow) for m in ("sgd", "bisam-log"))],
+    ["efficient", *(pytest.param(m, marks=pytest.mark.slow) for m in ("sgd", "sparse-dynamic"))],
 )
 def test_a_stopped_run_ends_as_one_that_never_stopped(method, tmp_path, stopped_at, capsys):
     """It is stopped within an epoch, then at the end of one; the later metrics are redone."""

@@ -75,7 +75,7 @@ def test_the_length_of_launches_changes_nothing():
     assert len(set(results[0][1])) == 10
 
 
-@pytest.mark.parametrize("steps_at_once", [1, 3])
+@pytest.mark.parametrize("steps_at_once", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_run_resumes_from_any_step(steps_at_once):
     launch = launch_of(steps_at_once)
     state, losses = epochs(launch, start())

@@ -80,6 +80,13 @@ def test_every_argument_of_a_method_is_its_hyperparameter(name, perturbation, mo
     assert (made.perturbation_loss is None) == (name == "sgd" or perturbation == "ce")
 
 
+def test_every_method_has_its_own_factory():
+    """Only BiSAM has two names."""
+    factories = {name: spec.factory for name, spec in METHODS.items()}
+    assert factories.pop("bisam-tanh") is factories["bisam-log"] is bisam_jax.bisam
+    assert len(set(factories.values())) == len(factories)
+
+
 def test_the_ascended_losses_are_the_librarys():
     logits, labels = jnp.array([[1.0, 3.0, -2.0], [0.5, 0.0, 1.0]]), jnp.array([0, 2])
     for perturbation, values in {"log": {"mu": 2.0}, "tanh": {"mu": 2.0, "alpha": 0.3}}.items():

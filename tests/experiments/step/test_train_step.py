@@ -99,16 +99,6 @@ def test_a_step_that_ascends_bisams_loss(name):
     check(name, "log")
 
 
-def test_programs_of_methods_differ():
-    def program(name, perturbation="ce"):
-        _, step, state = setup(name, perturbation)
-        return jax.jit(step).lower(state, BATCH).as_text()
-
-    programs = {name: program(name) for name in METHODS}
-    assert len(set(programs.values())) == len(METHODS)
-    assert program("sam", "log") == programs["bisam-log"]
-
-
 @pytest.mark.slow
 def test_methods_differ():
     runs = {(name, "ce"): trained(name) for name in METHODS}
