@@ -13,7 +13,7 @@ FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_coun
 # Compilation takes nearly all of the time, and half as long without these emitters. XLA stops at an
 # unknown flag, so only versions of JAX that were tried get it.
 if jax.__version_info__ < (0, 11):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -54,6 +54,7 @@ def test_readme_has_exactly_two_commands_that_install():
     ]
 
 
+@pytest.mark.slow
 def test_guide():
     names = {}
     exec(code_of("docs/guide.md"), names)

@@ -163,8 +163,15 @@ def test_microbatches_give_the_step_of_the_whole_batch(name):
 TWO_GROUPS = mlp_batch(examples=32)
 
 
-@each_gradient
-@pytest.mark.parametrize("microbatch_size", [None, pytest.param(16, marks=pytest.mark.slow)])
+# One whose state is neither counted nor averaged shows what microbatches make of states.
+each_grouping = [
+    pytest.param(name, size, marks=pytest.mark.slow if size and name != "sparse dynamic" else [])
+    for name in METHODS
+    for size in (None, 16)
+]
+
+
+@pytest.mark.parametrize(("name", "microbatch_size"), each_grouping, scope="module")
 def test_groups_are_steps_of_their_own(name, microbatch_size):
     step, states = program(name)
     groups = [jax.tree.map(lambda x, i=i: x[i : i + 16], TWO_GROUPS) for i in (0, 16)]
@@ -189,8 +196,9 @@ def test_what_needs_gradients_refuses_updates(name, option):
 
 
 # The other tests cover the steps. These include one with a state and one with single examples.
+BY_DEFAULT = [("bisam", {}), ("bisam", {"microbatch_size": 4}), ("efficient", {})]
 each_when = [
-    pytest.param(name, sizes, marks=pytest.mark.slow if sizes and name != "bisam" else [])
+    pytest.param(name, sizes, marks=[] if (name, sizes) in BY_DEFAULT else pytest.mark.slow)
     for name in ("bisam", "look", "efficient")
     for sizes in ({}, {"microbatch_size": 4}, {"group_size": 4})
 ]
