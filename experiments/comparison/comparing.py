@@ -41,7 +41,7 @@ def compare(
         CheckpointError: if a checkpoint of unfinished runs cannot be read.
         KeyboardInterrupt: after a signal. The same call resumes.
     """
-    asked, examples = grid.recipes(), examples_of(grid)  # before anything is written
+    asked, examples = grid.recipes, examples_of(grid)  # before anything is written
     steps_per_epoch = examples.experiment(asked[0]).steps_per_epoch
     recipes = asked + grid.longer_plain(asked, steps_per_epoch)
     about = {"task": grid.task, "grid": _as_json(grid), "runs": len(recipes), "command": command}

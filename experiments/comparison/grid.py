@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -37,6 +38,7 @@ class Grid(SeveralHyperparameters, Task):
         if not self.methods:
             raise ArgumentError("--methods must name at least one method")
         _check_once("--methods", self.labels)
+        taken = {name for m in self.methods for name in self._recipe(m, 0, {}).hyperparameters}
         for name in HYPERPARAMETERS:
             values = getattr(self, name)
             if values is None:
@@ -44,12 +46,12 @@ class Grid(SeveralHyperparameters, Task):
             if not values:
                 raise ArgumentError(f"{option_of(name)} must have at least one value")
             _check_once(option_of(name), values)
-            if not any(name in self._recipe(m, 0, {}).hyperparameters for m in self.methods):
+            if name not in taken:
                 raise ArgumentError(
                     f"{option_of(name)} has no meaning for any of --methods "
                     f"{' '.join(self.methods)}"
                 )
-        self.recipes()  # refuses impossible values
+        _ = self.recipes  # refuses impossible values
 
     @property
     def labels(self) -> list[str]:
@@ -62,8 +64,9 @@ class Grid(SeveralHyperparameters, Task):
         # Resolved with a method that can follow all options.
         return task_of(self, self._recipe("sam", 0, {}))
 
+    @functools.cached_property
     def recipes(self) -> list[Recipe]:
-        """Returns all runs of the grid. Runs that can share a program are neighbors."""
+        """All runs of the grid. Runs that can share a program are neighbors."""
         return [recipe for name in self.methods for recipe in self._recipes_of(name)]
 
     def longer_plain(self, recipes: Sequence[Recipe], steps_per_epoch: int) -> list[Recipe]:

@@ -12,7 +12,7 @@ from experiments.system.command_line import ArgumentError
 def counts(**options):
     """How many runs there are of each method and number of epochs."""
     grid = Grid(epochs=10, **options)
-    recipes = grid.recipes()
+    recipes = grid.recipes
     recipes += grid.longer_plain(recipes, steps_per_epoch=39)
     return collections.Counter((recipe.label, recipe.epochs) for recipe in recipes)
 
@@ -46,7 +46,7 @@ def test_plain_steps_take_one_gradient():
     options = {"methods": ("sgd", "gsam", "gsam+log")}
     assert epochs_of_plain(**options, start_step=195) == [10, 15, 20]
     assert epochs_of_plain(**options, every=5) == [10, 12, 14]
-    recipes = Grid(**options, seeds=1, start_step=20, every=3).recipes()
+    recipes = Grid(**options, seeds=1, start_step=20, every=3).recipes
     assert {(recipe.method, recipe.start_step, recipe.every) for recipe in recipes} == {
         ("sgd", 0, 1),
         ("gsam", 20, 3),
@@ -58,13 +58,13 @@ def test_plain_steps_take_one_gradient():
 
 def test_runs_that_share_a_program_are_neighbors():
     grid = Grid(methods=("tilted",), num_samples=(2, 3), rho=(0.1, 0.2), seeds=2)
-    samples = [recipe.hyperparameters["num_samples"] for recipe in grid.recipes()]
+    samples = [recipe.hyperparameters["num_samples"] for recipe in grid.recipes]
     assert samples == [2] * 4 + [3] * 4
 
 
 def test_seeds_pair_the_methods():
     grid = Grid(methods=("sgd", "asam"), seeds=3, first_seed=5, label_noise=0.2)
-    recipes = grid.recipes()
+    recipes = grid.recipes
     for method in ("sgd", "asam"):
         assert [recipe.seed for recipe in recipes if recipe.method == method] == [5, 6, 7]
     assert {recipe.label_noise for recipe in recipes} == {0.2}
@@ -96,7 +96,7 @@ def test_names(name, label, gradients):
     assert label_of(method, perturbation or "ce") == label
     grid = Grid(methods=(name,), seeds=1)
     assert grid.labels == [label]
-    (recipe,) = grid.recipes()
+    (recipe,) = grid.recipes
     assert recipe.label == label
     assert recipe.gradients_per_step(100) == gradients
 
