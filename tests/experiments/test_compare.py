@@ -20,8 +20,6 @@ from experiments.comparison.results import Comparison
 from experiments.system import files, machine
 from tests.experiments.comparison.command import SMALL, quickly, run
 
-# One process makes the comparison that these tests look at.
-pytestmark = pytest.mark.xdist_group("compare")
 
 GRID = ["--methods", "sgd", "sam", "--rho", 0.05, 0.5, 1e30, "--epochs", 2, *SMALL]
 

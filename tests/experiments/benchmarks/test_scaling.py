@@ -13,8 +13,6 @@ from bisam_jax import perturbation_loss
 from experiments.benchmarks import scaling
 from experiments.benchmarks.scaling import Problem
 
-# One process counts what these tests look at.
-pytestmark = pytest.mark.xdist_group("scaling")
 
 SIZES, EXAMPLES = (16, 256, 16), 256
 
