@@ -30,6 +30,7 @@ def run(capsys, *args):
     return status, captured.out, captured.err
 
 
+@pytest.mark.usefixtures("quick_compilation")
 def test_20_epochs_of_the_defaults_learn_the_digits(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = run(capsys, "--devices", 1, "--epochs", 20)

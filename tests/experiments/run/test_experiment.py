@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import types
 
 import jax
 import numpy as np
@@ -82,15 +83,27 @@ def test_all_options_change_the_losses():
     check(list(WAYS))
 
 
-def test_the_share_of_cutout_is_the_one_asked_for():
+def prepared(part=None, **options):
+    """A thousand images of ones, augmented and normalized."""
     split = data.Split(np.ones((1000, 32, 32, 1), np.uint8), np.zeros(1000, np.int32))
-    mean, std = np.zeros(1, np.float32), np.ones(1, np.float32)
-    dataset = data.Dataset(split, split, split, 2, (32, 32, 1), mean, std, "made")
+    mean, std = np.full(1, 3, np.float32), np.full(1, 2, np.float32)
+    dataset = data.Dataset(part or split, split, split, 2, (32, 32, 1), mean, std, "made")
+    prepare = _prepare(resolve(Config(**options)), dataset)
+    return np.asarray(jax.jit(prepare)(jax.random.key(0), split.images))
+
+
+def test_the_share_of_cutout_is_the_one_asked_for():
     for options, share in (({"cutout": 0.25}, 0.25), ({"cutout": 1.0}, 1.0), ({}, 0.0)):
-        prepare = _prepare(resolve(Config(**options)), dataset)
-        cut = np.asarray(prepare(jax.random.key(0), split.images)) == 0
+        # A cut pixel is zero after the normalization.
+        cut = prepared(**options) == 0
         assert abs(cut.any((1, 2, 3)).mean() - share) < 0.05
         assert cut.sum((1, 2, 3)).max(initial=0) == (256 if share else 0)
+
+
+def test_streamed_images_are_not_cropped_again():
+    streamed = types.SimpleNamespace(streamed=True)
+    assert set(np.unique(prepared(crop_padding=2))) == {-1.5, -1.0}
+    assert set(np.unique(prepared(streamed, crop_padding=2))) == {-1.0}
 
 
 def test_the_schedule_ends_with_the_run():

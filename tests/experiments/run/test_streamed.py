@@ -28,7 +28,13 @@ def config(folder, output, **options):
     return Config(data_dir=folder, workers=0, output=output, **defaults | options)
 
 
-@pytest.mark.parametrize("options", [STREAMED, IN_MEMORY], ids=["streamed", "in memory"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(STREAMED, id="streamed"),
+        pytest.param(IN_MEMORY, id="in memory", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_learns_colors(options, folder, tmp_path):
     options = options | {"crop_padding": 2, "cutout": 0.5, "method": "sgd"}
     summary = train(config(folder, tmp_path / "run", **options))
