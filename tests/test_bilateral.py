@@ -12,7 +12,6 @@ from tests.quadratic import (
     each_ascent,
     each_grads,
     gradient,
-    quadratic,
     unit,
 )
 
@@ -38,14 +37,6 @@ def test_bilateral_on_a_quadratic(tx, uphill, downhill, q, a, grads):
     ratio = np.linalg.norm(up) / np.linalg.norm(down)
     actual, _ = descent(tx, grads=grads, **q)
     np.testing.assert_allclose(actual, up + GRADIENT - ratio * down, rtol=1e-12)
-
-
-def test_bilateral_points_are_symmetric():
-    points = []
-    descent(bilateral_sam(0.3, 0.3), loss_fn=None, grad_fn=lambda w: (points.append(w), w)[1])
-    np.testing.assert_allclose(points[0] + points[1], 2 * W, rtol=1e-12)
-    np.testing.assert_allclose(np.linalg.norm(points[0] - W), 0.3, rtol=1e-12)
-    assert quadratic(points[0]) > quadratic(W)
 
 
 def test_schedules_of_both_radii():

@@ -4,7 +4,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from bisam_jax import efficient_sam, sam, value_and_grad
@@ -109,12 +108,6 @@ def test_efficient_through_value_and_grad(losses, given, bilevel):
     plain = quick_jit(value_and_grad(sam(0.3), loss_fn, q))
     _, expected, _ = plain(PARAMS, sam(0.3).init(PARAMS), BATCH)
     chex.assert_trees_all_close(grads, expected, rtol=5e-5, atol=1e-6)
-
-
-def test_gamma_cannot_be_traced():
-    tx = optax.inject_hyperparams(efficient_sam)(rho=0.3)
-    with pytest.raises(TypeError, match=r"gamma sets array shapes.*static_args='gamma'"):
-        jax.jit(lambda state: descent(tx, state, example_losses_fn=example_losses_fn))(tx.init(W))
 
 
 @pytest.mark.parametrize(

@@ -248,38 +248,6 @@ def test_inject_hyperparams_under_jit(name):
 
 
 @pytest.mark.slow
-@each_gradient
-def test_conditionally_transform(name):
-    method = ALL[name]
-    tx = optax.conditionally_transform(method.make(0.3), lambda step: step % 2 == 0)
-    state = tx.init(PARAMS)
-    if method.needs_q:
-        # With Q, the gradient of L is not computed; only `when` computes it, at its cost.
-        with pytest.raises(ValueError, match="pass the method itself, and when= to"):
-            value_and_grad(tx, losses_of_batch, q_of(method))(PARAMS, state, BATCH)
-        return
-    step = quick_jit(value_and_grad(tx, losses_of_batch))
-    results, _ = two_steps(step, state)
-    plain = jax.grad(loss_of_batch)(optax.tree.scale(0.5, PARAMS), BATCH)
-    chex.assert_trees_all_close(results[1][1], plain, **CLOSE)
-    expected = results_of(name)["without Q"][0]
-    chex.assert_trees_all_close(results[0], expected[0], **CLOSE)
-
-
-@pytest.mark.slow
-@each
-def test_donation(name):
-    step = quick_jit(made(name), donate_argnums=(0, 1))
-    params, state = jax.tree.map(jnp.copy, PARAMS), ALL[name].make(0.3).init(PARAMS)
-    first = step(params, state, BATCH)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((params, state)))
-    again = step(jax.tree.map(jnp.copy, PARAMS), first[2], BATCH)
-    # Donating the state must not delete the batch.
-    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(BATCH))
-    chex.assert_tree_all_finite(again[:2])
-
-
-@pytest.mark.slow
 @each
 def test_bfloat16(name):
     narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)

@@ -23,7 +23,6 @@ from tests.quadratic import (
     each_ball,
     gradient,
     linear,
-    unit,
 )
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -62,13 +61,6 @@ def test_a_loss_that_knows_its_logits_is_a_plain_function():
     value, grads = jax.value_and_grad(LOSS)(jnp.asarray(W))
     np.testing.assert_allclose(value, 0.5 * SLOPE @ SLOPE, rtol=1e-12)
     np.testing.assert_allclose(grads, CLEAN, rtol=1e-12)
-
-
-@pytest.mark.parametrize("q", [{}, {"perturbation_loss_fn": linear}], ids=["sam", "bisam"])
-@pytest.mark.parametrize("grads", [CLEAN, None], ids=["grads", "no grads"])
-def test_without_a_radius_it_is_the_plain_gradient(q, grads):
-    actual, _ = descent(functional_sam(0.0), grads=grads, loss_fn=LOSS, **q)
-    np.testing.assert_allclose(actual, CLEAN, rtol=1e-12)
 
 
 PARAMS = mlp_params(dtype=jnp.float32)
@@ -154,13 +146,6 @@ def test_aux_of_the_logits_function(sizes):
     np.testing.assert_allclose(aux["mean"], logits.mean(), rtol=1e-5)
     expected = explicit(PARAMS, BATCH, ascents(PARAMS, BATCH)[0])
     chex.assert_trees_all_close(grads, expected, rtol=5e-5, atol=1e-6)
-
-
-def test_it_is_not_sam():
-    """Functional SAM uses the slope at the clean logits."""
-    actual, _ = descent(functional_sam(0.3), grads=CLEAN, loss_fn=LOSS)
-    sam = jax.grad(LOSS)(jnp.asarray(W + 0.3 * unit(CLEAN)))
-    assert np.abs(actual - sam).max() > 0.1
 
 
 @pytest.mark.parametrize(

@@ -142,19 +142,8 @@ def values_and_grads(loss, logits, labels, where):
     return values, pullback(jnp.ones_like(values))[0]
 
 
-@pytest.mark.parametrize(
-    ("loss", "dtype"),
-    [
-        pytest.param(
-            loss,
-            dtype,
-            id=f"{name}, {dtype}",
-            marks=[] if name == "log" or dtype == np.float32 else pytest.mark.slow,
-        )
-        for name, loss in LOSSES.items()
-        for dtype in DTYPES.values()
-    ],
-)
+@each_loss
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @given(data=st.data())
 def test_finite_for_finite_logits(loss, dtype, data):
     shape = (4, 5)

@@ -168,8 +168,3 @@ def test_errors(call, error, message):
 
 def test_one_ball():
     assert_takes_one_ball(tilted_sam)
-
-
-def test_num_samples_cannot_be_traced():
-    with pytest.raises(TypeError, match=r"num_samples sets array shapes.*'num_samples'"):
-        jax.jit(lambda number: tilted_sam(num_samples=number).init(W))(2)

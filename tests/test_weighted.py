@@ -31,11 +31,6 @@ def test_weighted_on_a_quadratic(ball, eps, q, a, grads):
         np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
-def test_without_weight_it_is_the_plain_gradient():
-    actual, _ = descent(weighted_sam(0.3, gamma=0.0))
-    np.testing.assert_array_equal(actual, GRADIENT)
-
-
 def test_with_equal_weights_it_is_sam():
     assert_is_sam(weighted_sam(0.3, gamma=0.5))
 

@@ -20,7 +20,6 @@ from experiments.comparison.results import Comparison
 from experiments.system import files, machine
 from tests.experiments.comparison.command import SMALL, quickly, run
 
-
 GRID = ["--methods", "sgd", "sam", "--rho", 0.05, 0.5, 1e30, "--epochs", 2, *SMALL]
 
 

@@ -13,7 +13,6 @@ from bisam_jax import perturbation_loss
 from experiments.benchmarks import scaling
 from experiments.benchmarks.scaling import Problem
 
-
 SIZES, EXAMPLES = (16, 256, 16), 256
 
 
