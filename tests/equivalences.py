@@ -12,7 +12,6 @@ from tests.problems import (
     loss_of_batch,
     mlp_batch,
     mlp_params,
-    perturbation_loss_of_batch,
 )
 
 PARAMS, BATCH = mlp_params(), mlp_batch()
@@ -22,23 +21,18 @@ def batch_loss(params):
     return loss_of_batch(params, BATCH)
 
 
-def batch_perturbation_loss(params):
-    return perturbation_loss_of_batch(params, BATCH)
-
-
 def largest_weights(params):
     """Stands in for Fisher scores."""
     return params
 
 
-@functools.partial(quick_jit, static_argnames=("tx", "q"))
-def update(tx, state, params, q=None):
+@functools.partial(quick_jit, static_argnames="tx")
+def update(tx, state, params):
     return tx.update(
         jax.grad(batch_loss)(params),
         state,
         params,
         loss_fn=batch_loss,
-        perturbation_loss_fn=q,
         fisher_scores_fn=largest_weights,
     )
 

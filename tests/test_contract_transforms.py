@@ -120,44 +120,26 @@ def test_scan_and_donated_steps_agree(method):
     chex.assert_trees_all_close(scanned[0], looped[0], rtol=1e-4, atol=1e-5)
 
 
-@functools.cache
-def vmapped_update(method):
+@each_method
+def test_vmap_over_rho_and_seeds(method):
     @quick_jit
     @jax.vmap
     def together(rho, params, grads):
         return first_grads(method, method.make(rho=lambda count: rho), params, grads)
 
-    return together
-
-
-@each_method
-def test_vmap_over_rho(method):
-    rhos = np.array([0.0, 0.1, 0.5], np.float32)
-    three = jax.tree.map(lambda leaf: np.stack([leaf] * 3), (PARAMS, GRADS))
-    together = vmapped_update(method)(rhos, *three)
+    rhos, noise = np.array([0.0, 0.1, 0.5], np.float32), [mlp_params(10 + i) for i in range(3)]
+    seeds = [jax.tree.map(lambda p, n: p + 0.1 * n, PARAMS, own) for own in noise]
+    grads = [gradient(params) for params in seeds]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *zip(seeds, grads, strict=True))
+    results = together(rhos, *stacked)
     for i, rho in enumerate(rhos):
-        one = jax.tree.map(lambda leaf, i=i: leaf[i], together)
-        chex.assert_trees_all_close(one, sharp(method, float(rho)), rtol=1e-5, atol=1e-6)
+        one = jax.tree.map(lambda leaf, i=i: leaf[i], results)
+        alone = sharp(method, float(rho), seeds[i], grads[i])
+        chex.assert_trees_all_close(one, alone, rtol=1e-5, atol=1e-6)
     # Also as a plain scalar, not only from a schedule.
     jax.eval_shape(
         jax.vmap(lambda rho: first_grads(method, method.make(rho=rho), PARAMS, GRADS)), rhos
     )
-
-
-@each_method
-def test_vmap_over_seeds(method):
-    seeds = [mlp_params_of(seed) for seed in range(3)]
-    grads = [gradient(params) for params in seeds]
-    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *zip(seeds, grads, strict=True))
-    together = vmapped_update(method)(np.full(3, 0.1, np.float32), *stacked)
-    for i in range(3):
-        one = jax.tree.map(lambda leaf, i=i: leaf[i], together)
-        alone = sharp(method, 0.1, seeds[i], grads[i])
-        chex.assert_trees_all_close(one, alone, rtol=1e-5, atol=1e-6)
-
-
-def mlp_params_of(seed):
-    return jax.tree.map(lambda p, noise: p + 0.1 * noise, PARAMS, mlp_params(10 + seed))
 
 
 @each_taking_grad_fn

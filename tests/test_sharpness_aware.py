@@ -164,6 +164,11 @@ def test_any_direction_can_be_ascended():
         np.testing.assert_allclose(actual, expected, rtol=1e-12)
 
 
+def test_a_leaf_without_a_name_is_at_the_root():
+    with pytest.raises(ValueError, match=r"grads does not match params: shape \(3,\) at the root"):
+        descent(sam(0.3), grads=np.ones(3))
+
+
 def test_adaptive_scales_follow_the_current_parameters():
     tx = sharpness_aware(adaptive_l2_ball(0.3, eta=0.0))
     moved = jnp.asarray(2 * W)

@@ -112,6 +112,14 @@ def by_group_with_optimizer():
             "optax.named_chain does not show whether",
         ),
         (
+            {
+                "tx": optax.conditionally_transform(BISAM, lambda step: step > 3),
+                "q": perturbation_loss_of_batch,
+            },
+            ValueError,
+            "pass the method itself, and when= to",
+        ),
+        (
             {"tx": optax.apply_if_finite(BISAM, 3), "q": perturbation_loss_of_batch},
             ValueError,
             "apply_if_finite can come after the method",
