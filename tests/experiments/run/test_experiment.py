@@ -134,3 +134,12 @@ def test_the_seed_is_that_of_all_random_numbers():
         keys += [str(key) for key in (*method_keys, *keys_of(state))]
         keys += [str(state.params["head"]["kernel"])]
     assert len(set(keys)) == 2 * 5
+
+
+def test_cut_squares_have_the_mean():
+    """They are cut after normalization."""
+    stored = types.SimpleNamespace(streamed=False)
+    dataset = types.SimpleNamespace(train=stored, mean=np.full(1, 100.0), std=np.ones(1))
+    prepare = _prepare(resolve(Config(cutout=1.0)), dataset)
+    images = prepare(jax.random.key(0), np.full((64, 32, 32, 1), 200, np.uint8))
+    assert set(np.unique(images)) == {0.0, 100.0}

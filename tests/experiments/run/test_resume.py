@@ -56,6 +56,16 @@ def test_a_stopped_run_ends_as_one_that_never_stopped(method, tmp_path, stopped_
 
 
 @small
+def test_a_terminated_run_saves_within_an_epoch(tmp_path, stopped_at, monkeypatch):
+    """No interval between checkpoints, and no epoch, ends at the step where it stops."""
+    monkeypatch.setattr("experiments.run.experiment.STEPS_AT_ONCE", 3)
+    with stopped_at(5):
+        summary = run_training(config(tmp_path / "run", method="sgd", checkpoint_every=10))
+    assert (summary["status"], summary["steps"]) == ("interrupted", 6)
+    assert saved_steps(tmp_path / "run") == [6]
+
+
+@small
 def test_ctrl_c_saves_and_tests_the_best_checkpoint(tmp_path, stopped_at):
     with stopped_at(8, signal.SIGINT), pytest.raises(KeyboardInterrupt):
         run_training(config(tmp_path / "run", method="sgd"))

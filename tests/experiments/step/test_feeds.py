@@ -52,6 +52,15 @@ def launch_of(steps_at_once, step=step, batch_size=8, seed=0):
     return feed.launch(step_on_stored, start(seed), batch_size, seed, 2)
 
 
+def test_every_step_draws_its_own_augmentation():
+    first, again, second = (
+        train_step.prepared(SPLIT, noise, start()._replace(step=jnp.int32(number))).images
+        for number in (0, 0, 1)
+    )
+    np.testing.assert_array_equal(first, again)
+    assert (first != second).any()
+
+
 def run(launch, state, start, stop):
     losses = []
     state, reached = advance(launch, state, start, stop, losses.extend)
