@@ -40,13 +40,9 @@ class EvaluateOptions:
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
     options = command_line.parse(EvaluateOptions, __doc__ or "", args)
-    changed = {name: getattr(options, name) for name in ("data_dir", "devices", "fsdp")}
+    places = {name: getattr(options, name) for name in ("data_dir", "devices", "fsdp")}
     try:
-        restored = restore(
-            options.run,
-            options.step,
-            **{name: value for name, value in changed.items() if value is not None},
-        )
+        restored = restore(options.run, options.step, **places)
     except (ArgumentError, DatasetError, CheckpointError) as error:
         command_line.fail(str(error))
     measured = accuracy_and_loss(restored.experiment, restored.state)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments.comparison import results
 from experiments.comparison.results import Comparison
-from experiments.comparison.significance import LEVEL, Difference
+from experiments.comparison.significance import Difference
 from experiments.comparison.table import Row, row_name, rows_of
 from experiments.comparison.words import labels_in_words, setting_in_words, task_in_words
 from experiments.config.methods import PLAIN
@@ -119,14 +119,11 @@ def _cell(row: Row) -> str:
     text = f"{100 * row.test.mean:.2f}"
     if row.test.count > 1:
         text += f" ± {100 * row.test.standard_error:.2f}"
-    emphasis = {1: "**", 0: "", -1: "*"}[_sign(row.same_epochs, row.p_values[0])]
-    mark = {1: " †", 0: "", -1: " ‡"}[_sign(row.same_gradients, row.p_values[1])]
+    emphasis = {1: "**", 0: "", -1: "*"}[_sign_of(row.same_epochs)]
+    mark = {1: " †", 0: "", -1: " ‡"}[_sign_of(row.same_gradients)]
     rho = row.best.values.get("rho")
     return f"{emphasis}{text}{emphasis}{mark}" + ("" if rho is None else f" (rho {rho:g})")
 
 
-def _sign(difference: Difference | None, p_value: float | None) -> int:
-    """Returns 1 for significantly better, -1 for worse, 0 for neither."""
-    if difference is None or p_value is None or p_value > 1 - LEVEL:
-        return 0
-    return 1 if difference.estimate.mean > 0 else -1
+def _sign_of(difference: Difference | None) -> int:
+    return 0 if difference is None else difference.sign

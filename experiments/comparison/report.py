@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 from experiments.comparison import plots
 from experiments.comparison.results import Comparison
 from experiments.comparison.significance import EXACT_SEEDS, LEVEL, Difference, Estimate
-from experiments.comparison.table import Row, baseline_of, row_name, rows_of
+from experiments.comparison.table import DIFFERENCES, Row, baseline_of, row_name, rows_of
 from experiments.comparison.words import computed_with, task_in_words
 from experiments.config.methods import PLAIN
 from experiments.system import files
@@ -103,25 +103,18 @@ def _in_short(rows: list[Row], baseline: str) -> str:
     if best.test is None:
         return "All methods diverged."
     sentences = [f"Highest test accuracy: {row_name(best, rows)}, {100 * best.test.mean:.2f} %."]
-    for number, name in enumerate((f"{baseline}, same epochs", f"{PLAIN}, same gradients")):
-        made = [row for row in rows if row.p_values[number] is not None]
+    others = (f"{baseline}, same epochs", f"{PLAIN}, same gradients")
+    for kind, other in zip(DIFFERENCES, others, strict=True):
+        made = [(row_name(row, rows), d) for row in rows if (d := getattr(row, kind))]
         if not made:
             continue
-        differ = {True: [], False: []}
-        for row in made:
-            difference = (row.same_epochs, row.same_gradients)[number]
-            p = row.p_values[number]
-            assert difference is not None
-            assert p is not None
-            if p <= 1 - LEVEL:
-                differ[difference.estimate.mean > 0].append(row_name(row, rows))
         said = [
-            f"significantly {word}: {', '.join(differ[better])}"
-            for better, word in ((True, "better"), (False, "worse"))
-            if differ[better]
+            f"significantly {word}: {', '.join(names)}"
+            for sign, word in ((1, "better"), (-1, "worse"))
+            if (names := [name for name, difference in made if difference.sign == sign])
         ]
         told = "; ".join(said) or "no difference is significant"
-        sentences.append(f"Against {name}: {told}.")
+        sentences.append(f"Against {other}: {told}.")
     differences = [d for row in rows for d in (row.same_epochs, row.same_gradients) if d]
     family = len(differences)
     seeds = max((d.estimate.count for d in differences), default=0)
@@ -151,8 +144,8 @@ def _table(rows: list[Row]) -> str:
             f"{sum(times) / len(times):.3g} ({at_once}) | "
             f"{_estimate(row.best.validation) if row.best else ''} | "
             f"{_estimate(row.test) if row.test else ''} | "
-            f"{_compared(row.same_epochs, row.p_values[0], len(best.results))} | "
-            f"{_compared(row.same_gradients, row.p_values[1], len(best.results))} |"
+            f"{_compared(row.same_epochs, len(best.results))} | "
+            f"{_compared(row.same_gradients, len(best.results))} |"
         )
     return "\n".join(lines)
 
@@ -176,16 +169,16 @@ def _estimate(value: Estimate) -> str:
     )
 
 
-def _compared(difference: Difference | None, p_value: float | None, seeds: int) -> str:
-    if difference is None or p_value is None:
+def _compared(difference: Difference | None, seeds: int) -> str:
+    if difference is None:
         return ""
     value = difference.estimate
     fewer = f" ({value.count} seeds)" if value.count != seeds else ""
     text = (
         f"{100 * value.mean:+.2f} [{100 * value.low:+.2f}, {100 * value.high:+.2f}], "
-        f"p = {p_value:.3g}{fewer}"
+        f"p = {difference.p_value:.3g}{fewer}"
     )
-    return f"**{text}**" if p_value <= 1 - LEVEL else text
+    return f"**{text}**" if difference.sign else text
 
 
 _METHOD = f"""## How to read it
@@ -230,11 +223,10 @@ def _title(comparisons: Sequence[Comparison]) -> str:
     return f"Comparison on {', '.join(names)}"
 
 
-_DIFFERENCES = ("same_epochs", "same_gradients")
 _SUMMARY = ["task", "method", "epochs", "chosen", "seeds", "validation_accuracy", "test_accuracy"]
 _SUMMARY += ["standard_error", "low", "high"]
 _PARTS = ("difference", "low", "high", "p_value", "seeds")
-_SUMMARY += [f"{name}_{part}" for name in _DIFFERENCES for part in _PARTS]
+_SUMMARY += [f"{name}_{part}" for name in DIFFERENCES for part in _PARTS]
 
 
 def _write_summary(path: Path, sections: Sequence[Section]) -> None:
@@ -248,10 +240,10 @@ def _write_summary(path: Path, sections: Sequence[Section]) -> None:
                 line["validation_accuracy"] = row.best.validation.mean
                 names = ("test_accuracy", "standard_error", "low", "high")
                 line |= dict(zip(names, row.test, strict=False))
-            for name, p in zip(_DIFFERENCES, row.p_values, strict=True):
+            for name in DIFFERENCES:
                 if difference := getattr(row, name):
                     mean, _, low, high, count = difference.estimate
-                    parts = zip(_PARTS, (mean, low, high, p, count), strict=True)
+                    parts = zip(_PARTS, (mean, low, high, difference.p_value, count), strict=True)
                     line |= {f"{name}_{part}": value for part, value in parts}
             lines.append(line)
     files.write_csv(path, _SUMMARY, lines)

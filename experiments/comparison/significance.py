@@ -57,10 +57,17 @@ class Candidate(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """The mean of paired differences, and its p-value."""
+    """The mean of paired differences, and the probability of one as large by chance."""
 
     estimate: Estimate
     p_value: float
+
+    @property
+    def sign(self) -> int:
+        """1 if significantly positive, -1 if significantly negative, otherwise 0."""
+        if self.p_value > 1 - LEVEL:
+            return 0
+        return 1 if self.estimate.mean > 0 else -1
 
 
 def estimate(values: Sequence[float | None]) -> Estimate:

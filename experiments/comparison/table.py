@@ -10,6 +10,8 @@ from experiments.comparison.significance import Candidate, Difference, Estimate
 from experiments.config.methods import PLAIN
 from experiments.system.command_line import ArgumentError
 
+DIFFERENCES = ("same_epochs", "same_gradients")
+
 
 @dataclasses.dataclass
 class Row:
@@ -23,7 +25,6 @@ class Row:
         test: test accuracy of the reported candidate.
         same_epochs: difference from the baseline with the same number of epochs.
         same_gradients: difference from plain training with the same number of gradients.
-        p_values: corrected p-values of these two differences; None without a comparison.
     """
 
     method: str
@@ -33,7 +34,6 @@ class Row:
     test: Estimate | None
     same_epochs: Difference | None = None
     same_gradients: Difference | None = None
-    p_values: list[float | None] = dataclasses.field(default_factory=lambda: [None, None])
 
     @property
     def reported(self) -> Result:
@@ -109,11 +109,7 @@ def _difference(row: Row, other: Row | None) -> Difference | None:
 
 def _correct(rows: list[Row]) -> None:
     """Corrects the p-values. All comparisons of a table are one family."""
-    made = [
-        (row, number, difference.p_value)
-        for row in rows
-        for number, difference in enumerate((row.same_epochs, row.same_gradients))
-        if difference is not None
-    ]
-    for (row, number, _), p in zip(made, significance.holm([p for *_, p in made]), strict=True):
-        row.p_values[number] = p
+    made = [(row, name, d) for row in rows for name in DIFFERENCES if (d := getattr(row, name))]
+    corrected = significance.holm([difference.p_value for *_, difference in made])
+    for (row, name, difference), p in zip(made, corrected, strict=True):
+        setattr(row, name, difference._replace(p_value=p))

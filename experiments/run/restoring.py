@@ -33,7 +33,7 @@ def restore(folder: Path, step: int | None = None, **changed: Any) -> Restored:
     Args:
         folder: the run folder.
         step: the step of a checkpoint; None for the best epoch's.
-        **changed: options that replace those of the run, such as `devices` and `data_dir`.
+        **changed: options that replace those of the run, such as `devices`; None keeps them.
 
     Raises:
         ArgumentError: if it is no run folder, or `step` is not one of its checkpoints.
@@ -42,7 +42,8 @@ def restore(folder: Path, step: int | None = None, **changed: Any) -> Restored:
     """
     # These options have no meaning for an evaluation.
     changed |= {"parallelism": "jit", "batch_statistics": "synchronised"}
-    config = dataclasses.replace(read_config(folder), **changed)
+    given = {name: value for name, value in changed.items() if value is not None}
+    config = dataclasses.replace(read_config(folder), **given)
     path = RunFolder(folder).checkpoints
     if not path.is_dir():
         raise ArgumentError(f"{folder} has no checkpoints: the run stopped before the first one")
