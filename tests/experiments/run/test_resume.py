@@ -23,9 +23,8 @@ pytestmark = [
 ]
 small = pytest.mark.usefixtures("small_mlp")
 
-# 3 epochs of 7 steps, in launches of at most 7.
+# 3 epochs of 7 steps.
 SHORT = {"epochs": 3, "batch_size": 8, "train_examples": 60, "devices": 1, "learning_rate": 0.02}
-STEPS = 21
 
 
 def config(output, **options):
@@ -38,31 +37,23 @@ def config(output, **options):
     ["efficient", *(pytest.param(m, marks=pytest.mark.slow) for m in ("sgd", "sparse-dynamic"))],
 )
 def test_a_stopped_run_ends_as_one_that_never_stopped(method, tmp_path, stopped_at, capsys):
-    """It is stopped within an epoch, then at the end of one; the later metrics are redone."""
+    """Also if the last checkpoints are lost, and with them an epoch in metrics.csv."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    options = {"method": method, "label_noise": 0.2, "checkpoint_every": 4}
+    # 3 epochs of 30 steps in launches of at most 20.
+    options = {"method": method, "label_noise": 0.2, "batch_size": 4, "train_examples": 120}
+    options |= {"checkpoint_every": 29, "keep_checkpoints": 4}
     run_training(config(whole, **options))
-    with stopped_at(11):
+    with stopped_at(70):
         summary = run_training(config(stopped, **options))
-    # The launches end at 4, 7, 8 and 12.
-    assert (summary["status"], summary["steps"]) == ("interrupted", 12)
-    assert saved_steps(stopped)[-1] == 12
-    assert f"resuming from step {12}" not in capsys.readouterr().out
-    # As if the last checkpoint had not been completed.
-    shutil.rmtree(stopped / "checkpoints" / "12")
+    assert (summary["status"], summary["steps"]) == ("interrupted", 80)
+    assert saved_steps(stopped)[-1] == 80
+    assert len(rows_of(stopped)) == 2
+    for step in saved_steps(stopped):
+        if step > 58:
+            shutil.rmtree(stopped / "checkpoints" / str(step))
     run_training(read_config(stopped), stopped)
-    assert "resuming from step 8\n" in capsys.readouterr().out
-    assert_same_run(stopped, whole, STEPS)
-
-
-@small
-def test_a_terminated_run_saves_within_an_epoch(tmp_path, stopped_at, monkeypatch):
-    """No interval between checkpoints, and no epoch, ends at the step where it stops."""
-    monkeypatch.setattr("experiments.run.experiment.STEPS_AT_ONCE", 3)
-    with stopped_at(5):
-        summary = run_training(config(tmp_path / "run", method="sgd", checkpoint_every=10))
-    assert (summary["status"], summary["steps"]) == ("interrupted", 6)
-    assert saved_steps(tmp_path / "run") == [6]
+    assert "resuming from step 58\n" in capsys.readouterr().out
+    assert_same_run(stopped, whole, 90)
 
 
 @small
