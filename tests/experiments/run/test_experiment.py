@@ -46,7 +46,7 @@ WAYS = {
 # Without batch statistics, microbatches change only the order of sums. Groups have the same
 # perturbation, whatever part of the batch is computed at once.
 SAME = [{"vit", "vit in parts"}, {"groups", "groups in parts"}]
-KEPT = {"plain", "bfloat16", "crop", "flip", "cutout", "more cutout", "no smoothing", "mixed"}
+KEPT = {"plain", "bfloat16", "crop", "flip", "cutout", "no smoothing", "mixed"}
 KEPT |= {"in parts", "later", "now and then", "groups"}
 
 
