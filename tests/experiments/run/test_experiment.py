@@ -122,9 +122,13 @@ def test_the_schedule_ends_with_the_run():
 
 def test_the_seed_is_that_of_all_random_numbers():
     """No key is used twice, and each depends on the seed."""
-    keys = []
+    keys, labels = [], []
     for seed in (0, 1):
-        state = experiment_from(Config(method="tilted", seed=seed, devices=1)).first_state()
+        config = Config(method="tilted", seed=seed, label_noise=0.5, devices=1)
+        experiment = experiment_from(config)
+        state = experiment.first_state()
+        labels.append(experiment.dataset.train.labels)
+        keys += [str(key) for key in (jax.random.key(seed), state.key)]
         method_keys = [
             leaf
             for leaf in jax.tree.leaves(state.method)
@@ -133,7 +137,8 @@ def test_the_seed_is_that_of_all_random_numbers():
         assert len(method_keys) == 1
         keys += [str(key) for key in (*method_keys, *keys_of(state))]
         keys += [str(state.params["head"]["kernel"])]
-    assert len(set(keys)) == 2 * 5
+    assert len(set(keys)) == 2 * 7
+    assert (labels[0] != labels[1]).any()
 
 
 def test_cut_squares_have_the_mean():

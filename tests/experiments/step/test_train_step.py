@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import data, models
+from experiments import models
 from experiments.config.methods import METHODS, PERTURBATIONS
 from experiments.step import train_step
 from experiments.step.method import build_method
@@ -264,21 +264,6 @@ def test_all_passes_of_a_step_give_an_example_the_same_dropout_key(name):
     for keys in others:
         assert keys.items() <= first.items()
     assert not set(seen[-1].values()) & set(first.values())
-
-
-def test_augmentation_draws_anew_at_every_step():
-    def draw(key, images):
-        return images + jax.random.uniform(key, images.shape)
-
-    _, _, state = setup("sgd")
-    stored = data.Split(BATCH.images, BATCH.labels)
-    first, again, later = (
-        train_step.prepared(stored, draw, state._replace(step=jnp.int32(n))) for n in (3, 3, 4)
-    )
-    np.testing.assert_array_equal(first.images, again.images)
-    assert (first.images != later.images).mean() > 0.99
-    np.testing.assert_array_equal(first.labels, BATCH.labels)
-    np.testing.assert_array_equal(first.positions, range(40))
 
 
 def test_keys_are_different_and_the_same_at_every_step():
