@@ -67,11 +67,10 @@ def single(tmp_path_factory):
 
 
 @slow
-@pytest.mark.parametrize("way", ["jit", "shard_map"])
-def test_two_processes_of_two_devices_give_the_numbers_of_one(way, tmp_path):
+def test_two_processes_of_two_devices_give_the_numbers_of_one(tmp_path):
     options = {"epochs": 2, "batch_size": 16, "train_examples": 80, "learning_rate": 0.0005}
     args = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    args += ["--parallelism", way, "--output", tmp_path / "two"]
+    args += ["--output", tmp_path / "two"]
     two = start_together(*args, cwd=tmp_path, devices=2)
     train(Config(**options, devices=1, output=tmp_path / "single"))
     (first, _), (second, _) = ends(two)
@@ -133,7 +132,6 @@ def test_when_one_process_is_killed_the_other_ends_with_a_message(victim, single
         assert_same_run(folder, single)
 
 
-@slow
 def test_processes_with_different_options_end(tmp_path):
     processes = start_together("--epochs", 1, cwd=tmp_path, own=[["--seed", 0], ["--seed", 1]])
     for _, err in ends(processes, status=2):

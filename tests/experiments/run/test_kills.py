@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
 # 1,256 steps with a save every 40: most of the time, a run is within an epoch and within a save.
 LONG = ["--epochs", "4", "--batch-size", "4", "--learning-rate", "0.01", "--checkpoint-every", "40"]
-LONG += ["--method", "sparse-dynamic"]
+LONG += ["--method", "efficient"]
 STEPS = 4 * 314
 
 
