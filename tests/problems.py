@@ -1,5 +1,7 @@
 """Small problems with known answers, shared by the tests."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -63,3 +65,13 @@ def perturbation_loss_of_batch(params: dict, batch: dict) -> jax.Array:
 
 def global_norm(tree) -> jax.Array:
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+
+
+@functools.cache
+def with_aux(fn):
+    def fn_with_aux(params, batch):
+        logits = mlp_logits(params, batch["x"])
+        aux = {"logits": logits, "mean": logits.mean(), "per class": logits.mean(0)}
+        return fn(params, batch), aux
+
+    return fn_with_aux

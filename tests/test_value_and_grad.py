@@ -1,3 +1,5 @@
+"""`value_and_grad` against the step written by hand: groups, microbatches, aux."""
+
 import functools
 
 import chex
@@ -15,21 +17,12 @@ from tests.problems import (
     mlp_logits,
     mlp_params,
     perturbation_loss_of_batch,
+    with_aux,
 )
 
 PARAMS, BATCH = mlp_params(), mlp_batch()
 SAM, BISAM = sam(rho=0.3), bisam(rho=0.3)
 CLOSE = {"rtol": 2e-5, "atol": 1e-6}
-
-
-@functools.cache
-def with_aux(fn):
-    def fn_with_aux(params, batch):
-        logits = mlp_logits(params, batch["x"])
-        aux = {"logits": logits, "mean": logits.mean(), "per class": logits.mean(0)}
-        return fn(params, batch), aux
-
-    return fn_with_aux
 
 
 @functools.cache

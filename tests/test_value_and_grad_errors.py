@@ -13,8 +13,8 @@ from tests.problems import (
     mlp_logits,
     mlp_params,
     perturbation_loss_of_batch,
+    with_aux,
 )
-from tests.test_value_and_grad import with_aux
 
 PARAMS, BATCH = mlp_params(), mlp_batch()
 SAM, BISAM = sam(rho=0.3), bisam(rho=0.3)

@@ -12,6 +12,7 @@ from experiments.comparison import report, results
 from experiments.comparison.grid import Grid
 from experiments.comparison.grid_run import GridRun, examples_of
 from experiments.comparison.results import Comparison
+from experiments.config.config import option_of
 from experiments.system import files, machine
 from experiments.system.command_line import ArgumentError
 from experiments.system.interruption import Interruption
@@ -96,7 +97,7 @@ def _opened(folder: Path, about: dict[str, Any]) -> Comparison:
         ) from error
     if odd := [name for name in grid if values[name] != grid[name]]:
         raise ArgumentError(
-            f"--output {folder} has another comparison: its --{odd[0].replace('_', '-')} is "
+            f"--output {folder} has another comparison: its {option_of(odd[0])} is "
             f"{values[odd[0]]}, not {grid[odd[0]]}"
         )
     if results.there_are_any(folder):

@@ -18,7 +18,7 @@ from experiments.config.recipe import Recipe
 from experiments.data import Dataset, Split
 from experiments.run.experiment import Experiment
 from experiments.step.epochs import Steps, steps_on
-from experiments.step.feeds import windows
+from experiments.step.feeds import InMemory, windows
 from experiments.step.train_step import TrainState
 from experiments.system import machine
 
@@ -101,12 +101,8 @@ def inputs_of(recipes: Sequence[Recipe], labels: Mapping[int, Labels]) -> Inputs
 
 def labels_of(dataset: Dataset) -> Labels:
     """Returns the labels of a data set in memory."""
-    train, validation, _ = _splits(dataset)
+    train, validation, *_ = cast(tuple[Split, ...], dataset)
     return Labels(train.labels, validation.labels)
-
-
-def _splits(dataset: Dataset) -> tuple[Split, Split, Split]:
-    return cast(tuple[Split, Split, Split], dataset[:3])
 
 
 class Replicas:
@@ -138,7 +134,11 @@ class Replicas:
         mesh = Mesh(np.asarray(devices or jax.devices()[:1]), _AXIS)
         self._mesh, self._split = mesh, NamedSharding(mesh, P(_AXIS))
         whole = NamedSharding(mesh, P())
-        train, validation, test = _splits(experiment.dataset)
+        # The experiment's arrays, which are on a device already: not a second copy.
+        train, validation, test = (
+            cast(InMemory, feed).split
+            for feed in (experiment.train, experiment.validation, experiment.test)
+        )
         self._train_images, self._validation_images, self._test = jax.device_put(
             (train.images, validation.images, test), whole
         )

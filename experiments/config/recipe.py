@@ -72,6 +72,11 @@ class Recipe:
         """Whether parts of a batch have separate perturbations."""
         return self.group_size < self.batch_size
 
+    @property
+    def in_microbatches(self) -> bool:
+        """Whether a batch is computed in parts, to save memory."""
+        return self.microbatch_size < self.batch_size
+
     def gradients_per_step(self, steps: int) -> float:
         """Returns the number of batch gradients per step, averaged over a run of `steps`."""
         gradients = methods.gradients(self.method, self.perturbation, self.hyperparameters)

@@ -82,7 +82,7 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
             f"got {recipe.batch_size}"
         )
     init, apply = _model(recipe, dataset, layout)
-    prepare, normalise = _prepare(recipe, dataset), _normalise(dataset)
+    prepare = _prepare(recipe, dataset)
     method_of = _method_of(recipe, dataset, layout, steps_per_epoch * recipe.epochs)
 
     def state_of(key: jax.Array, values: Any) -> TrainState:
@@ -91,13 +91,15 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
         params, stats = init(init_key)
         return train_step.init_state(params, stats, method_of(values, method_key), key)
 
-    def unprepared(step: train_step.Step) -> StepOnStored:
+    def on_stored(step: train_step.Step) -> StepOnStored:
         return lambda state, stored: step(state, train_step.prepared(stored, prepare, state))
 
-    def made(values: Any, layout: Layout | None) -> train_step.Step:
-        return _step(recipe, apply, method_of(values, 0), layout)
+    def step_of(values: Any) -> StepOnStored:
+        return on_stored(_step(recipe, apply, method_of(values, 0)))
 
-    sums = evaluation.make_sums(apply, normalise)
+    method = method_of(recipe.hyperparameters, 0)
+    own = _step(recipe, apply, method, layout.axis_name, layout.parts_of_program)
+    sums = evaluation.make_sums(apply, _normalise(dataset))
     steps_at_once = _steps_at_once(recipe, steps_per_epoch)
     train, validation, test = (
         feed_of(part, layout, steps_at_once)
@@ -113,8 +115,8 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
         steps_per_epoch,
         steps_at_once,
         state_of,
-        step_of=lambda values: unprepared(made(values, None)),
-        step=unprepared(over_devices(made(recipe.hyperparameters, layout), layout)),
+        step_of,
+        step=on_stored(over_devices(own, layout)),
         sums=sums,
         evaluate=evaluation.make_evaluate(sums, _evaluated_at_once(recipe, dataset), layout),
     )
@@ -159,19 +161,20 @@ def _method_of(
 
 
 def _step(
-    recipe: Recipe, apply: models.Apply, method: BuiltMethod, layout: Layout | None
+    recipe: Recipe,
+    apply: models.Apply,
+    method: BuiltMethod,
+    axis_name: str | None = None,
+    parts: int = 1,
 ) -> train_step.Step:
-    """Makes the step of one device of the layout, or of the only device."""
-    axis_name = layout.axis_name if layout is not None else None
-    parts = layout.parts if layout is not None and axis_name is not None else 1
-    in_parts = recipe.microbatch_size < recipe.batch_size
+    """Makes the step of a program that gets one of `parts` parts of a batch."""
     return train_step.make_step(
         apply,
         method,
         train_step.cross_entropy(recipe.label_smoothing),
         when=train_step.whenever(recipe.start_step, recipe.every),
         group_size=recipe.group_size if recipe.in_groups else None,
-        microbatch_size=recipe.microbatch_size // parts if in_parts else None,
+        microbatch_size=recipe.microbatch_size // parts if recipe.in_microbatches else None,
         axis_name=axis_name,
     )
 
@@ -184,8 +187,7 @@ def _steps_at_once(recipe: Recipe, steps_per_epoch: int) -> int:
 
 
 def _evaluated_at_once(recipe: Recipe, dataset: data.Dataset) -> int:
-    in_parts = recipe.microbatch_size < recipe.batch_size
-    if in_parts or dataset.train.streamed:
+    if recipe.in_microbatches or dataset.train.streamed:
         return recipe.microbatch_size
     return EVALUATION_BATCH_SIZE
 

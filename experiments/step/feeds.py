@@ -83,11 +83,8 @@ class InMemory:
         self, step: StepOnStored, state: TrainState, batch_size: int, seed: int, epochs: int
     ) -> Launch:
         """See :class:`Feed`. The order of the examples depends on the key of the state."""
-        layout, at_once, steps_per_epoch = (
-            self._layout,
-            self._steps_at_once,
-            self.examples // batch_size,
-        )
+        layout, at_once = self._layout, self._steps_at_once
+        steps_per_epoch = self.examples // batch_size
         steps = steps_on(step, self.examples, batch_size, at_once, layout.constrained)
         order_of = jax.jit(steps.order_of, out_shardings=layout.whole)
         number = np.int32(0)

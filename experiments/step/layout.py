@@ -52,6 +52,11 @@ class Layout:
         return None if self.parallelism == "jit" else DATA
 
     @property
+    def parts_of_program(self) -> int:
+        """The number of programs that share a batch: one with jit, else one per device."""
+        return 1 if self.parallelism == "jit" else self.parts
+
+    @property
     def gradient_axis(self) -> str | None:
         """The axis over which two parallel gradients lie; None without them."""
         return GRADIENTS if self.mesh.shape[GRADIENTS] == 2 else None

@@ -1,4 +1,4 @@
-"""Starts the training script in another process."""
+"""Runs scripts: in this process, or the training script in another one."""
 
 import os
 import socket
@@ -8,6 +8,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 HEARTBEAT_TIMEOUT = 15
+
+
+def call(main, capsys, *args):
+    """Returns exit status, standard output and standard error of a command in this process."""
+    status = 0
+    try:
+        main([str(arg) for arg in args])
+    except SystemExit as exit_:
+        status = exit_.code
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
 
 
 def start(*args, cwd, devices=1, quick=False):

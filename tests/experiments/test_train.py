@@ -10,7 +10,7 @@ from tensorboardX.proto import event_pb2
 
 from experiments import compare, train
 from experiments.system import files
-from tests.experiments.script import start
+from tests.experiments.script import call, start
 
 # 2 epochs of 4 steps.
 SHORT = ["--epochs", 2, "--train-examples", 128, "--devices", 1]
@@ -20,14 +20,7 @@ quickly = pytest.mark.usefixtures("quick_compilation", "small_mlp")
 
 
 def run(capsys, *args):
-    """Exit status, standard output and standard error of the script in this process."""
-    status = 0
-    try:
-        train.main([str(arg) for arg in args])
-    except SystemExit as exit_:
-        status = exit_.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    return call(train.main, capsys, *args)
 
 
 @pytest.mark.usefixtures("quick_compilation")

@@ -9,20 +9,14 @@ from experiments import compare
 from experiments.comparison import capacity
 from experiments.comparison.replicas import Replicas
 from experiments.config.hyperparameters import STRUCTURAL
+from tests.experiments.script import call
 
 SMALL = ["--train-examples", 96, "--seeds", 2, "--label-noise", 0.3]
 _programs = {}
 
 
 def run(capsys, *args):
-    """Exit status, standard output, standard error."""
-    status = 0
-    try:
-        compare.main([str(arg) for arg in args])
-    except SystemExit as exit_:
-        status = exit_.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    return call(compare.main, capsys, *args)
 
 
 @contextlib.contextmanager

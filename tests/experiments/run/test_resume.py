@@ -13,6 +13,7 @@ from experiments.config.config import Config
 from experiments.run.folder import RunFolder, read_config
 from experiments.run.training import train as run_training
 from tests.experiments.run.runs import assert_same_run, rows_of, saved_steps
+from tests.experiments.script import call
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compilation"),
@@ -91,13 +92,7 @@ def unfinished(finished, tmp_path):
 
 
 def resume(capsys, folder, *args):
-    status = 0
-    try:
-        train.main(["--resume", str(folder), *args])
-    except SystemExit as exit_:
-        status = exit_.code
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    return call(train.main, capsys, "--resume", folder, *args)
 
 
 def assert_one_error(result, message):

@@ -1,6 +1,6 @@
 """Times a step of one run, and of many replicas, to find how many to train at once.
 
-    JAX_NUM_CPU_DEVICES=2 python -m experiments.benchmarks.replicas --model mlp
+    JAX_NUM_CPU_DEVICES=2 python -m experiments.benchmarks.at_once --model mlp
 
 uses the digits for mlp, and random 32x32x3 images for other models. The result is in
 docs/comparing.md.
@@ -27,7 +27,7 @@ STEPS_PER_EPOCH = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class ReplicasOptions:
+class AtOnceOptions:
     """The command line: what to time."""
 
     model: ModelName = "mlp"
@@ -46,7 +46,7 @@ class ReplicasOptions:
             raise ArgumentError(f"--at-once must be at least 1, got {self.at_once}")
 
 
-def milliseconds(options: ReplicasOptions) -> dict[str, float]:
+def milliseconds(options: AtOnceOptions) -> dict[str, float]:
     """Returns milliseconds per step and run, evaluation included, for each way to train."""
     config = Config(model=options.model, method=options.method, batch_size=options.batch_size)
     recipe = resolve(config)
@@ -75,7 +75,7 @@ def milliseconds(options: ReplicasOptions) -> dict[str, float]:
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    options = command_line.parse(ReplicasOptions, __doc__ or "", args)
+    options = command_line.parse(AtOnceOptions, __doc__ or "", args)
     try:
         times = milliseconds(options)
     except ArgumentError as error:

@@ -6,7 +6,7 @@ import types
 import jax
 import pytest
 
-from experiments.benchmarks import replicas
+from experiments.benchmarks import at_once
 from experiments.comparison import capacity
 
 DEVICES = jax.local_device_count()
@@ -20,11 +20,11 @@ def test_every_way_is_timed(capsys, monkeypatch):
         made.append((experiment.recipe.method, count, at_once, len(devices)))
         return types.SimpleNamespace(count=count)
 
-    monkeypatch.setattr(replicas, "Replicas", program)
+    monkeypatch.setattr(at_once, "Replicas", program)
     # An epoch is four steps.
     seconds = iter([0.8, 0.8 * DEVICES, 0.8 * DEVICES])
     monkeypatch.setattr(capacity, "seconds_per_epoch", lambda program: next(seconds))
-    replicas.main(["--model", "cnn", "--batch-size", "4", "--at-once", "2"])
+    at_once.main(["--model", "cnn", "--batch-size", "4", "--at-once", "2"])
     assert made == [
         ("bisam-log", 1, False, 1),
         ("bisam-log", DEVICES, False, DEVICES),
@@ -41,8 +41,8 @@ def test_every_way_is_timed(capsys, monkeypatch):
 @pytest.mark.usefixtures("quick_compilation")
 def test_the_times_are_measured(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
-    options = replicas.ReplicasOptions(model="cnn", batch_size=4, at_once=(1,))
-    times = replicas.milliseconds(options)
+    options = at_once.AtOnceOptions(model="cnn", batch_size=4, at_once=(1,))
+    times = at_once.milliseconds(options)
     assert len(times) == 3
     assert min(times.values()) > 0
 
@@ -54,7 +54,7 @@ def test_the_times_are_measured(monkeypatch):
 )
 def test_bad_input_is_one_line(args, message, capsys):
     with pytest.raises(SystemExit) as exit_:
-        replicas.main(args)
+        at_once.main(args)
     assert exit_.value.code == 2
     err = capsys.readouterr().err
     assert message in err
