@@ -31,18 +31,18 @@ from experiments.config.hyperparameters import Range
 from experiments.data import DatasetError
 from experiments.run.checkpoints import CheckpointError
 from experiments.system import command_line, files, machine
-from experiments.system.command_line import ArgumentError
+from experiments.system.command_line import ArgumentError, OrDefault
 
 
 @dataclasses.dataclass(frozen=True)
 class CompareOptions(Grid):
     """The command line: a grid to train, or results to report."""
 
-    baseline: str | None = None
+    baseline: OrDefault[str] = None
     """The method to compare the others with (default: sgd if it is trained, else the first)."""
-    replicas_at_once: int | None = None
+    replicas_at_once: OrDefault[int] = None
     """Largest number of runs at once (default: as many as is fast and fits in memory)."""
-    output: Path | None = None
+    output: OrDefault[Path] = None
     """The folder to write to (default: a new one in runs/). A comparison in it is resumed."""
     from_: Annotated[tuple[Path, ...] | None, tyro.conf.arg(name="from")] = None
     """Train nothing. Report the results in these folders."""

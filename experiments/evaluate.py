@@ -18,7 +18,7 @@ from experiments.run.checkpoints import CheckpointError
 from experiments.run.folder import RunFolder
 from experiments.run.restoring import accuracy_and_loss, restore
 from experiments.system import command_line
-from experiments.system.command_line import ArgumentError
+from experiments.system.command_line import ArgumentError, OrDefault
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +27,13 @@ class EvaluateOptions:
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder."""
-    step: int | None = None
+    step: OrDefault[int] = None
     """The step of the checkpoint (default: the best epoch's)."""
-    data_dir: Path | None = None
+    data_dir: OrDefault[Path] = None
     """The folder that TFDS prepared the data set in (default: as in training)."""
-    devices: int | None = None
+    devices: OrDefault[int] = None
     """Number of devices (default: as in training)."""
-    fsdp: int | None = None
+    fsdp: OrDefault[int] = None
     """Number of devices over which parameters are split (default: as in training)."""
 
 

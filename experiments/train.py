@@ -26,10 +26,11 @@ from experiments.config.presets import PRESETS
 from experiments.data import DatasetError
 from experiments.run.checkpoints import CheckpointError
 from experiments.run.folder import as_json, read_config
-from experiments.run.loop import NonFiniteLossError
+from experiments.run.loop import InterruptedRunError, NonFiniteLossError
 from experiments.run.training import train
 from experiments.system import command_line, processes
-from experiments.system.command_line import ArgumentError
+from experiments.system.command_line import ArgumentError, OrDefault
+from experiments.system.files import as_typed
 
 # Options that may differ when a run is resumed.
 _PLACES = ("data_dir", *(field.name for field in dataclasses.fields(Place)))
@@ -39,21 +40,21 @@ _PLACES = ("data_dir", *(field.name for field in dataclasses.fields(Place)))
 class TrainOptions(Config):
     """The command line: the options of a run, or a run to resume."""
 
-    resume: Path | None = None
+    resume: OrDefault[Path] = None
     """The folder of a run to resume, as if it had never stopped. The options are the run's own."""
     # With None as default, a resumed run knows whether they are given.
-    parallelism: Literal["jit", "shard_map", "pmap"] | None = None  # type: ignore[assignment]
+    parallelism: OrDefault[Literal["jit", "shard_map", "pmap"]] = None  # type: ignore[assignment]
     """How devices share a batch: one program for all, or one for each (default: jit)."""
-    fsdp: int | None = None  # type: ignore[assignment]
+    fsdp: OrDefault[int] = None  # type: ignore[assignment]
     """Number of devices over which parameters and optimizer state are split (default: 1)."""
 
     distributed: bool = False
     """Join other processes, each started with this same command (see docs/devices.md)."""
-    coordinator_address: str | None = None
+    coordinator_address: OrDefault[str] = None
     """Host and port of the first process (default: JAX finds it, as on TPUs and under Slurm)."""
-    num_processes: int | None = None
+    num_processes: OrDefault[int] = None
     """Number of processes (default: JAX finds it)."""
-    process_id: int | None = None
+    process_id: OrDefault[int] = None
     """Number of this process, from 0 (default: JAX finds it)."""
     heartbeat_timeout: int = 60
     """Seconds of silence after which a process counts as gone and the others end."""
@@ -107,21 +108,39 @@ def main(args: Sequence[str] | None = None) -> None:
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except InterruptedRunError as interrupted:
+        print(_in_words(interrupted.summary))
+        raise SystemExit(130) from None
     except KeyboardInterrupt:
-        print("interrupted: resume with --resume and the run folder", file=sys.stderr)
+        message = "interrupted before it could save: --resume takes the last checkpoint, if any"
+        print(message, file=sys.stderr)
         raise SystemExit(130) from None
     if processes.is_first():
         print(_in_words(summary))
 
 
 def _in_words(summary: dict[str, Any]) -> str:
-    if summary["status"] == "interrupted":
-        return f"saved at step {summary['steps']}: resume with --resume and the run folder"
-    return (
-        f"test accuracy {100 * summary['test_accuracy']:.2f} % on {summary['test_examples']} "
-        f"examples (checkpoint of epoch {summary['checkpoint_epoch']}, {summary['seconds']:.1f} s, "
-        f"{summary['peak_memory_bytes'] / 2**30:.2f} GiB at most)"
+    """Returns the last lines of the output: the result, and where it is."""
+    folder = as_typed(Path(summary["folder"]))
+    finished = summary["status"] == "finished"
+    lines = []
+    if summary["test_accuracy"] is not None:
+        so_far = "" if finished else " so far"
+        lines.append(
+            f"test accuracy {100 * summary['test_accuracy']:.2f} % on {summary['test_examples']} "
+            f"examples: epoch {summary['checkpoint_epoch']}, the best validation accuracy{so_far}"
+        )
+    lines.append(
+        f"took         {summary['seconds']:.1f} s, {summary['peak_memory_bytes'] / 2**30:.2f} GiB "
+        "at most"
     )
+    if finished:
+        lines.append(f"curves       {folder / 'curves.png'}")
+        lines.append(f"TensorBoard  tensorboard --logdir {folder / 'tensorboard'}")
+    else:
+        lines.append(f"interrupted and saved after step {summary['steps']}. To resume:")
+        lines.append(f"    python -m experiments.train --resume {folder}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from experiments import data
 from experiments.benchmarks.problems import random_images
 from experiments.comparison import capacity
 from experiments.comparison.replicas import Replicas
-from experiments.config.config import Config, MethodName, ModelName, Place, check_ranges
+from experiments.config.config import Config, MethodName, Place, check_ranges
 from experiments.config.hyperparameters import Range
 from experiments.config.recipe import resolve
 from experiments.run.experiment import experiment_of
@@ -30,7 +30,7 @@ STEPS_PER_EPOCH = 4
 class AtOnceOptions:
     """The command line: what to time."""
 
-    model: ModelName = "mlp"
+    model: str = "mlp"
     """A model of experiments.train."""
     method: MethodName = "bisam-log"
     """A method of experiments.train."""

@@ -34,7 +34,7 @@ def program(experiment: Experiment, runs: int, limit: int | None) -> Replicas:
     Raises:
         ArgumentError: if the limit, or a single replica, does not fit in memory.
     """
-    if not models.ARCHITECTURES[experiment.recipe.model].convolutional:
+    if not models.architecture(experiment.recipe.model).convolutional:
         return _together(experiment, runs, limit)
     single = _fitting(experiment, min(runs, limit or runs, jax.local_device_count()), limit, False)
     if jax.default_backend() == "cpu" or runs == 1:

@@ -19,6 +19,7 @@ from experiments.comparison import capacity, results
 from experiments.comparison.grid import Grid
 from experiments.comparison.replicas import Labels, Replicas, labels_of
 from experiments.comparison.results import FINISHED, Comparison, Result
+from experiments.comparison.words import in_minutes
 from experiments.config.config import Config, Place
 from experiments.config.hyperparameters import STRUCTURAL
 from experiments.config.recipe import Recipe, filled_in
@@ -99,6 +100,8 @@ class GridRun:
         self._grid, self._examples = grid, examples
         self._comparison, self._folder = comparison, folder
         self._limit, self._interruption = replicas_at_once, interruption
+        self._steps_per_epoch = examples.dataset.train.examples // grid.recipes[0].batch_size
+        self._estimated, self._compile_seconds = False, 0.0
         done = {result.key for result in comparison.results}
         self.missing = {recipe.key for recipe in recipes} - done
         # Whole groups, so that their parts, and the checkpoints of these, are the same as before.
@@ -113,8 +116,9 @@ class GridRun:
             CheckpointError: if a checkpoint of unfinished runs cannot be read.
             KeyboardInterrupt: after a signal, once everything is saved.
         """
-        total = sum(run.epochs for group in self._groups for run in self._missing_in(group))
-        with progress.shown(total, "epoch") as bar:
+        runs = [run for group in self._groups for run in self._missing_in(group)]
+        total = sum(map(self._gradients, runs))
+        with progress.shown(total, "gradient") as bar:
             for group in self._groups:
                 if self._examples.dataset.train.streamed:
                     self._train_one_by_one(group, bar)
@@ -122,13 +126,19 @@ class GridRun:
                     self._train_together(group, bar)
         shutil.rmtree(self._folder / "under-way", ignore_errors=True)
 
+    def _gradients(self, recipe: Recipe, epochs: int | None = None) -> int:
+        """Returns the number of batch gradients of some epochs of a run, or of all."""
+        steps = self._steps_per_epoch * recipe.epochs
+        share = 1 if epochs is None else epochs / recipe.epochs
+        return round(recipe.gradients_per_step(steps) * steps * share)
+
     def _missing_in(self, group: Sequence[Recipe]) -> list[Recipe]:
         return [recipe for recipe in group if recipe.key in self.missing]
 
     def _train_one_by_one(self, group: list[Recipe], bar: progress.Bar) -> None:
         for recipe in self._missing_in(group):
             self._add([_trained_alone(self._grid, recipe, self._folder / "runs")])
-            bar.advance(recipe.epochs)
+            bar.advance(self._gradients(recipe))
             if self._interruption.signal is not None:
                 raise KeyboardInterrupt
 
@@ -136,9 +146,10 @@ class GridRun:
         begun = time.perf_counter()
         experiment = self._examples.experiment(group[0])
         program = capacity.program(experiment, len(group), self._limit)
+        self._compile_seconds = time.perf_counter() - begun
         progress.print_line(
             f"{group[0].label}, {group[0].epochs} epochs: {len(self._missing_in(group))} runs, "
-            f"{program.count} at once, compiled in {time.perf_counter() - begun:.1f} s"
+            f"{program.count} at once, compiled in {self._compile_seconds:.1f} s"
         )
         for first in range(0, len(group), program.count):
             if part := self._missing_in(group[first : first + program.count]):
@@ -156,14 +167,16 @@ class GridRun:
         if saved := checkpoints.steps():
             population, so_far = checkpoints.restore(saved[-1], population)
             history, seconds = so_far["history"], so_far["seconds"]
-            bar.advance(len(history) * len(part))
+            bar.advance(len(part) * self._gradients(part[0], len(history)))
         saved_at = time.perf_counter()
         for number in range(len(history), part[0].epochs):
             begun = time.perf_counter()
             population, epoch = program.epoch(population, inputs, number)
             seconds.append(time.perf_counter() - begun)
             history.append([values.tolist() for values in epoch])
-            bar.advance(len(part))
+            bar.advance(len(part) * self._gradients(part[0], 1))
+            if len(seconds) == 2:  # the first epoch includes the compilation of small programs
+                self._estimate(part, seconds[1], seconds[0] - seconds[1])
             stopping = self._interruption.signal is not None
             if stopping or time.perf_counter() - saved_at > SECONDS_BETWEEN_SAVES:
                 so_far = {"history": list(history), "seconds": list(seconds)}
@@ -184,6 +197,15 @@ class GridRun:
             for run, curve, test in zip(part, curves, tests, strict=False)
         ]
 
+    def _estimate(self, part: list[Recipe], seconds: float, compiling: float) -> None:
+        """Says once how long all runs will take, from one epoch of the first ones."""
+        if not self._estimated:
+            self._estimated = True
+            total = sum(self._gradients(run) for g in self._groups for run in self._missing_in(g))
+            left = total / (len(part) * self._gradients(part[0], 1)) * seconds
+            left += len(self._groups) * (self._compile_seconds + max(0, compiling))
+            progress.print_line(f"all runs take about {in_minutes(left)}")
+
     def _add(self, new: list[Result]) -> None:
         self._comparison.results += new
         self._comparison.origins[0]["finished"] = len(self._comparison.results)
@@ -202,15 +224,24 @@ def _name_of(part: list[Recipe], count: int) -> str:
 
 
 def _result(
-    recipe: Recipe, steps: int, history: np.ndarray, test_accuracy: float, *cost: Any
+    recipe: Recipe, steps: int, history: np.ndarray, tests: Sequence[float], *cost: Any
 ) -> Result:
-    """Returns the result of a run with a history, float64[epochs, 3]."""
+    """Returns the result of a run.
+
+    Args:
+        recipe: what was trained.
+        steps: number of steps.
+        history: loss, validation accuracy and validation loss, float64[epochs, 3].
+        tests: test accuracies of the best and of the last epoch.
+        *cost: see :func:`result_of`.
+    """
     best = None
     if np.isfinite(history).all():
         accuracies = history[:, 1]
         # The last one if several are equal.
         epoch = len(accuracies) - int(np.argmax(accuracies[::-1]))
-        best = (float(accuracies[epoch - 1]), epoch, float(test_accuracy))
+        of_best, of_last = map(float, tests)
+        best = (float(accuracies[epoch - 1]), epoch, of_best, of_last)
     names = ("loss", "validation_accuracy", "validation_loss")
     curve = [
         dict(zip(names, row, strict=True), epoch=number)

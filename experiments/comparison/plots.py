@@ -10,6 +10,7 @@ import matplotlib.figure
 import numpy as np
 
 from experiments.comparison.significance import Candidate, Estimate, estimate
+from experiments.comparison.table import Row
 
 # Colors differ in lightness, and each has its own marker and dash.
 _COLOURS = ("#000000", "#d55e00", "#0072b2", "#e69f00", "#56b4e9", "#009e73", "#cc79a7")
@@ -23,6 +24,66 @@ _SETTINGS: Any = {
     "axes.grid": True,
     "grid.alpha": 0.3,
 }
+
+
+def accuracies(rows: Mapping[str, Row]) -> str:
+    """Draws test accuracies, alone and against what a run costs, as SVG.
+
+    Args:
+        rows: rows of a table by name, the best first; those that diverged are left out.
+    """
+    known = {name: row for name, row in rows.items() if row.test}
+    styles = _styles(known)
+    with matplotlib.rc_context(_SETTINGS):
+        figure = matplotlib.figure.Figure(
+            figsize=(12, 1.4 + 0.35 * len(known)), layout="constrained"
+        )
+        bars, gradients, seconds = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
+        _bars(bars, known, styles)
+        for axes, costs, label in (
+            (gradients, {n: row.batch_gradients for n, row in known.items()}, "gradients of a run"),
+            (seconds, {n: row.seconds for n, row in known.items()}, "seconds of a run"),
+        ):
+            for name, row in known.items():
+                colour, marker, _ = styles[name]
+                mean, error = _percent(row.test)
+                axes.errorbar(costs[name], mean, yerr=error, fmt=marker, color=colour, capsize=3)
+            axes.set(xlabel=label, ylabel="test accuracy (%)", xlim=(0, None))
+        return _svg(figure)
+
+
+def _bars(axes: Any, known: Mapping[str, Row], styles: Mapping[str, Any]) -> None:
+    """Draws a bar for each row, the best on top. A line across it is the last epoch."""
+    ends = [100 * end for row in known.values() if row.test for end in _ends(row)]
+    cut = min(ends) > 50 and max(ends) - min(ends) < 25
+    low = max(0, min(ends) - 0.5 * (max(ends) - min(ends)) - 0.5) if cut else 0
+    for place, (name, row) in enumerate(known.items()):
+        colour, marker, _ = styles[name]
+        mean, error = _percent(row.test)
+        axes.barh(place, mean, xerr=error, color=colour, alpha=0.75, capsize=3)
+        # The same marker as in the other plots.
+        axes.plot(low + 0.03 * (max(ends) - low), place, marker, color="white")
+        if row.last_test:
+            last = 100 * row.last_test.mean
+            axes.plot([last, last], [place - 0.4, place + 0.4], color="white", linewidth=3)
+            axes.plot([last, last], [place - 0.4, place + 0.4], ":", color="black")
+    axes.set_yticks(range(len(known)), known)
+    axes.invert_yaxis()
+    axes.set(xlim=(low, None), xlabel=f"test accuracy (%){', axis cut' if low else ''}")
+
+
+def _ends(row: Row) -> list[float]:
+    assert row.test
+    known = [row.test.low, row.test.high, row.test.mean]
+    known += [row.last_test.mean] if row.last_test else []
+    return [value for value in known if np.isfinite(value)]
+
+
+def _percent(value: Estimate | None) -> tuple[float, Any]:
+    """Returns the mean and the two lengths of its 95 % interval, in %; 0 where there is none."""
+    assert value
+    lengths = np.nan_to_num([[value.mean - value.low], [value.high - value.mean]])
+    return 100 * value.mean, 100 * lengths
 
 
 def against(

@@ -209,9 +209,11 @@ class Replicas:
         return population, Epoch(mean, accuracy, loss)
 
     def test(self, population: Population) -> np.ndarray:
-        """Returns the test accuracies of the best epochs, float64[replicas]."""
-        params, stats = population.params, population.stats
-        return self._means(self._sums_of_test, params, stats, self._test)[0]
+        """Returns test accuracies of the best and of the last epochs, float64[replicas, 2]."""
+        state = population.state
+        both = ((population.params, population.stats), (state.params, state.stats))
+        accuracies = [self._means(self._sums_of_test, *kept, self._test)[0] for kept in both]
+        return np.stack(accuracies, axis=-1)
 
     def _jit(self, function: Callable, axes: Sequence[int | None], donated: Any = ()) -> Callable:
         """Jits a function of one replica for all. `axes` are the replica axes of its arguments."""

@@ -13,7 +13,8 @@ from experiments.comparison import plots
 from experiments.comparison.results import Comparison
 from experiments.comparison.significance import EXACT_SEEDS, LEVEL, Difference, Estimate
 from experiments.comparison.table import DIFFERENCES, Row, baseline_of, row_name, rows_of
-from experiments.comparison.words import computed_with, task_in_words
+from experiments.comparison.verdict import compared, in_short
+from experiments.comparison.words import computed_with, in_minutes, task_in_words
 from experiments.config.methods import PLAIN
 from experiments.system import files
 
@@ -56,7 +57,18 @@ def _section(section: Section, number: int, images: dict[str, str], folder: Path
     comparison, baseline, rows = section
     names = {row_name(row, rows): row for row in rows}
     chosen = {label: row.best for label, row in names.items()}
-    parts = [f"## {task_in_words(comparison.task)}", _in_short(rows, baseline), _table(rows)]
+    parts = [f"## {task_in_words(comparison.task)}", in_short(rows, baseline)]
+    if any(row.test for row in rows):
+        file = f"{number}-accuracy.svg"
+        images[file] = plots.accuracies(names)
+        parts.append(f"![Test accuracy of each method, and what it cost]({file})")
+        parts.append(
+            "Bars: test accuracy of the best epoch, with 95 % intervals; dotted: of the last epoch."
+        )
+    parts.append(_table(rows, baseline))
+    parts.append(
+        "**better** and *worse* are significant; the differences are in points of test accuracy."
+    )
     swept = sorted({name for row in rows if row.best for name in row.swept})
     for name in swept:
         if edge := [label for label, row in names.items() if row.at_the_edge(name)]:
@@ -82,6 +94,7 @@ def _section(section: Section, number: int, images: dict[str, str], folder: Path
     if file in images:
         parts.append(f"![Learning curves]({file})")
         parts.append("Learning curves with the chosen values: mean and 95 % band over seeds.")
+    parts += ["### The numbers", _numbers(rows)]
     for label, row in names.items():
         seeds = max(len(candidate.results) for candidate in row.candidates)
         for candidate in row.candidates:
@@ -98,56 +111,49 @@ def _section(section: Section, number: int, images: dict[str, str], folder: Path
     return "\n\n".join(parts)
 
 
-def _in_short(rows: list[Row], baseline: str) -> str:
-    best = rows[0]
-    if best.test is None:
-        return "All methods diverged."
-    sentences = [f"Highest test accuracy: {row_name(best, rows)}, {100 * best.test.mean:.2f} %."]
-    others = (f"{baseline}, same epochs", f"{PLAIN}, same gradients")
-    for kind, other in zip(DIFFERENCES, others, strict=True):
-        made = [(row_name(row, rows), d) for row in rows if (d := getattr(row, kind))]
-        if not made:
-            continue
-        said = [
-            f"significantly {word}: {', '.join(names)}"
-            for sign, word in ((1, "better"), (-1, "worse"))
-            if (names := [name for name, difference in made if difference.sign == sign])
-        ]
-        told = "; ".join(said) or "no difference is significant"
-        sentences.append(f"Against {other}: {told}.")
-    differences = [d for row in rows for d in (row.same_epochs, row.same_gradients) if d]
-    family = len(differences)
-    seeds = max((d.estimate.count for d in differences), default=0)
-    smallest = family * 2.0 ** (1 - seeds)
-    if differences and smallest > 1 - LEVEL:
-        sentences.append(
-            f"With {seeds} seeds and {family} comparisons no p-value can be below "
-            f"{min(smallest, 1):.2g}: nothing could have been significant here."
-        )
-    return " ".join(sentences)
-
-
-def _table(rows: list[Row]) -> str:
+def _table(rows: list[Row], baseline: str) -> str:
+    """Returns the table in words. :func:`_numbers` has what is behind them."""
     lines = [
-        "| method | chosen | seeds | epochs | gradients | ms per step | validation % | test % | "
-        "same epochs | same gradients |",
-        "| --- | --- | ---: | ---: | ---: | ---: | --- | --- | --- | --- |",
+        f"| method | chosen | test %, best epoch | last epoch | against {baseline} | "
+        f"against {PLAIN}, same gradients | gradients | time |",
+        "| --- | --- | ---: | ---: | --- | --- | ---: | ---: |",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row_name(row, rows)} | {_chosen(row)} | {_mean(row.test)} | "
+            f"{_mean(row.last_test)} | {compared(row.same_epochs)} | "
+            f"{compared(row.same_gradients)} | {row.batch_gradients:,} | "
+            f"{in_minutes(row.seconds) if row.seconds >= 1 else f'{row.seconds:.2f} s'} |"
+        )
+    return "\n".join(lines)
+
+
+def _numbers(rows: list[Row]) -> str:
+    lines = [
+        "| method | seeds | ms per step | validation % | test % | same epochs | same gradients |",
+        "| --- | ---: | ---: | --- | --- | --- | --- |",
     ]
     for row in rows:
         best = row.best or row.candidates[0]
         times = [result.milliseconds_per_step for result in best.results]
         at_once = " to ".join(map(str, sorted({r.runs_at_once for r in best.results})))
         lines.append(
-            f"| {row.method} | {_values(row.best.values, row) if row.best else 'diverged'} | "
-            f"{len(best.results)} | {row.epochs} | "
-            f"{round(row.reported.gradients * row.reported.steps):,} | "
+            f"| {row_name(row, rows)} | {len(best.results)} | "
             f"{sum(times) / len(times):.3g} ({at_once}) | "
             f"{_estimate(row.best.validation) if row.best else ''} | "
             f"{_estimate(row.test) if row.test else ''} | "
-            f"{_compared(row.same_epochs, len(best.results))} | "
-            f"{_compared(row.same_gradients, len(best.results))} |"
+            f"{_difference(row.same_epochs, len(best.results))} | "
+            f"{_difference(row.same_gradients, len(best.results))} |"
         )
     return "\n".join(lines)
+
+
+def _chosen(row: Row) -> str:
+    return _values(row.best.values, row) if row.best else "diverged"
+
+
+def _mean(value: Estimate | None) -> str:
+    return f"{100 * value.mean:.2f}" if value else ""
 
 
 def _values(values: dict[str, float], row: Row, *, all_of_them: bool = False) -> str:
@@ -169,7 +175,7 @@ def _estimate(value: Estimate) -> str:
     )
 
 
-def _compared(difference: Difference | None, seeds: int) -> str:
+def _difference(difference: Difference | None, seeds: int) -> str:
     if difference is None:
         return ""
     value = difference.estimate
@@ -185,7 +191,8 @@ _METHOD = f"""## How to read it
 
 * *test %*: mean over seeds, its standard error, and Student's 95 % interval, of each run's best
   epoch on the validation split, with the hyperparameters of the best mean validation accuracy. The
-  test split plays no part in either choice.
+  test split plays no part in either choice. *last epoch* is the same run without that choice of an
+  epoch.
 * *same epochs* and *same gradients*: mean differences in test accuracy, in points, to the baseline
   with the same number of epochs, and to plain training (sgd) with the same number of batch
   gradients, that is, more epochs. Runs are paired by seed, which fixes initialization, order of the
@@ -199,9 +206,9 @@ _METHOD = f"""## How to read it
   other seeds (--first-seed).
 * The seeds do not vary the data split: intervals and p-values are about this test split. Each
   table is corrected by itself.
-* *gradients*: number of batch gradients of a run. *ms per step*: a run's share of the time of the
-  runs computed at once (their number in parentheses), evaluation included except for runs of
-  experiments.train.
+* *gradients*: number of batch gradients of a run. *time*: of a run, and *ms per step*: a run's
+  share of the time of the runs computed at once (their number in parentheses), evaluation included
+  except for runs of experiments.train.
 * summary.csv has this table, runs.csv every run, curves.csv every epoch (several tasks have a
   folder each)."""
 
@@ -265,9 +272,9 @@ _PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width">
 <title>{title}</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 90rem; margin: auto; padding: 1rem; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: auto; padding: 1rem; }}
 table {{ border-collapse: collapse; font-size: 0.85rem; display: block; overflow-x: auto; }}
-th, td {{ border-bottom: 1px solid #bbb; padding: 0.3rem 0.6rem; white-space: nowrap; }}
+th, td {{ border-bottom: 1px solid #bbb; padding: 0.3rem 0.6rem; }}
 tr:first-child td {{ background: #eee; }}
 img {{ max-width: 100%; }}
 pre {{ background: #eee; padding: 0.7rem; white-space: pre-wrap; }}

@@ -44,6 +44,7 @@ class Result:
         validation_accuracy: validation accuracy of the best epoch.
         checkpoint_epoch: number of the best epoch, the last one if several are equal.
         test_accuracy: test accuracy of the best epoch.
+        last_test_accuracy: test accuracy of the last epoch; None if it was not recorded.
         milliseconds_per_step: the run's share of the time of all runs computed at once.
         runs_at_once: number of runs computed at once.
         curve: one row per epoch.
@@ -59,6 +60,7 @@ class Result:
     validation_accuracy: float | None
     checkpoint_epoch: int | None
     test_accuracy: float | None
+    last_test_accuracy: float | None
     milliseconds_per_step: float
     runs_at_once: int
     curve: list[dict[str, float]] = dataclasses.field(repr=False)
@@ -73,7 +75,7 @@ def result_of(
     recipe: Recipe,
     steps: int,
     curve: list[dict[str, float]],
-    best: tuple[float, int, float] | None,
+    best: tuple[float, int, float, float | None] | None,
     milliseconds_per_step: float,
     runs_at_once: int,
 ) -> Result:
@@ -83,12 +85,12 @@ def result_of(
         recipe: what was trained.
         steps: number of steps.
         curve: one row per epoch.
-        best: validation accuracy, number and test accuracy of the best epoch; None if the run
-            diverged.
+        best: validation accuracy, number and test accuracy of the best epoch, and test accuracy of
+            the last epoch; None if the run diverged.
         milliseconds_per_step: see :class:`Result`.
         runs_at_once: see :class:`Result`.
     """
-    accuracy, epoch, test_accuracy = best or (None, None, None)
+    accuracy, epoch, test_accuracy, last_test_accuracy = best or (None,) * 4
     return Result(
         recipe.label,
         recipe.epochs,
@@ -100,6 +102,7 @@ def result_of(
         accuracy,
         epoch,
         test_accuracy,
+        last_test_accuracy,
         milliseconds_per_step,
         runs_at_once,
         curve,
@@ -233,7 +236,8 @@ def _point(row: dict[str, str]) -> dict[str, float]:
 
 def _result(row: dict[str, str], curve: list[dict[str, float]]) -> Result:
     def number(name: str, type_: Any) -> Any:
-        return type_(row[name]) if row[name] else None
+        # A comparison of an older version may lack a column.
+        return type_(row[name]) if row.get(name) else None
 
     return Result(
         method=row["method"],
@@ -248,7 +252,12 @@ def _result(row: dict[str, str], curve: list[dict[str, float]]) -> Result:
         },
         **{
             name: number(name, float)
-            for name in ("validation_accuracy", "test_accuracy", "milliseconds_per_step")
+            for name in (
+                "validation_accuracy",
+                "test_accuracy",
+                "last_test_accuracy",
+                "milliseconds_per_step",
+            )
         },
     )
 
@@ -270,7 +279,8 @@ def _read_run(folder: Path) -> Comparison:
     rows = files.read_csv(folder / "metrics.csv")
     speeds = [float(row["examples_per_second"]) for row in rows]
     seconds = sum(1 / speed for speed in speeds) / max(len(speeds), 1) * recipe.batch_size
-    best = tuple(summary[n] for n in ("validation_accuracy", "checkpoint_epoch", "test_accuracy"))
+    names = ("validation_accuracy", "checkpoint_epoch", "test_accuracy", "last_test_accuracy")
+    best: Any = tuple(summary.get(name) for name in names)
     curve = [_point(row) for row in rows]
     result = result_of(
         recipe, summary["steps"], curve, best if finished else None, 1000 * seconds, 1

@@ -41,6 +41,23 @@ class Row:
         return (self.best or self.candidates[0]).results[0]
 
     @property
+    def last_test(self) -> Estimate | None:
+        """Test accuracy after the last epoch; None where it was not recorded."""
+        known = [result.last_test_accuracy for result in self.best.results] if self.best else []
+        return significance.estimate(known) if known and None not in known else None
+
+    @property
+    def seconds(self) -> float:
+        """Mean time of a run, its share if several runs were computed at once."""
+        runs = (self.best or self.candidates[0]).results
+        return sum(r.milliseconds_per_step * r.steps for r in runs) / len(runs) / 1000
+
+    @property
+    def batch_gradients(self) -> int:
+        """Number of batch gradients of a run."""
+        return round(self.reported.gradients * self.reported.steps)
+
+    @property
     def swept(self) -> list[str]:
         """The hyperparameters with several values."""
         tried = [candidate.values for candidate in self.candidates]

@@ -32,6 +32,14 @@ def setting_in_words(task: dict[str, Any]) -> str:
     return ", ".join([*parts[:3], *sorted(parts[3:])])
 
 
+def in_minutes(seconds: float) -> str:
+    """Returns a duration as text, in the largest unit that it fills."""
+    for unit, length in (("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def computed_with(about: dict[str, Any]) -> str:
     """Says which versions and hardware computed the results."""
     versions = ", ".join(f"{name} {value}" for name, value in about["versions"].items())

@@ -11,13 +11,13 @@ from experiments.config import methods
 from experiments.config.hyperparameters import HYPERPARAMETERS, Range
 from experiments.config.methods import METHODS
 from experiments.data import Source
-from experiments.models import ARCHITECTURES
-from experiments.system.command_line import ArgumentError
+from experiments.models import ARCHITECTURES, architecture
+from experiments.system.command_line import ArgumentError, OrDefault, preset_value
 
 if TYPE_CHECKING:
-    ModelName = MethodName = str
+    MethodName = str
 else:
-    ModelName, MethodName = Literal[tuple(ARCHITECTURES)], Literal[tuple(METHODS)]
+    MethodName = Literal[tuple(METHODS)]
 
 
 def _hyperparameters(several: bool) -> Any:
@@ -26,7 +26,8 @@ def _hyperparameters(several: bool) -> Any:
     def field(name: str, is_count: bool) -> tuple[str, Any, None]:
         number: Any = int if is_count else float
         values = (tuple[number, ...] if several else number) | None
-        return name, Annotated[values, tyro.conf.arg(help=methods.help_of(name))], None
+        shown = tyro.conf.arg(help=methods.help_of(name), help_behavior_hint=preset_value)
+        return name, Annotated[values, shown], None
 
     fields = [field(name, known.is_count) for name, known in HYPERPARAMETERS.items()]
     return dataclasses.make_dataclass("Hyperparameters", fields, frozen=True)
@@ -40,15 +41,22 @@ class Task:
     """The data, the network, and the steps of training."""
 
     dataset: str = "digits"
-    """digits, or an image classification data set of TFDS: cifar10, cifar100, fashion_mnist, ..."""
-    data_dir: Path | None = None
+    """digits; an image classification data set of TFDS, such as cifar10; or the path of a folder,
+    prepared by TFDS or with a subfolder of images per class."""
+    data_dir: OrDefault[Path] = None
     """The folder that TFDS prepared the data set in (default: TFDS's own)."""
-    train_examples: int | None = None
+    train_examples: OrDefault[int] = None
     """Number of training examples (default: all but the validation part)."""
-    image_size: int | None = None
+    image_size: OrDefault[int] = None
     """Height and width of streamed images (default: 224 if sizes vary)."""
-    model: ModelName | None = None
-    """The network (default: mlp for digits, else resnet20). Small: mlp, cnn, resnet8."""
+    model: Annotated[
+        str | None,
+        tyro.conf.arg(
+            help=f"The network: {', '.join(ARCHITECTURES)}; or MODULE:FACTORY for a model of your "
+            "own (default: mlp for digits, else resnet20).",
+            help_behavior_hint=preset_value,
+        ),
+    ] = None
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the model's arithmetic. Parameters and statistics are always float32."""
     base: Literal["sgd", "adamw"] = "sgd"
@@ -56,21 +64,21 @@ class Task:
     label_smoothing: float = 0.1
     """Share of each label that the training loss spreads over the other classes."""
 
-    crop_padding: int | None = None
+    crop_padding: OrDefault[int] = None
     """Largest random shift in pixels (default: CIFAR and SVHN 4, (Fashion-)MNIST 2, else 0).
     Not for streamed images."""
-    flip: bool | None = None
+    flip: OrDefault[bool] = None
     """Mirror half of the images (default: yes, unless they show digits)."""
-    cutout: float | None = None
+    cutout: OrDefault[float] = None
     """Share of the images that lose a square of 16x16 pixels (default: 0)."""
 
-    epochs: int | None = None
+    epochs: OrDefault[int] = None
     """Passes over the training examples (default: 200; digits 50)."""
-    batch_size: int | None = None
+    batch_size: OrDefault[int] = None
     """Examples per step (default: 128; digits 32). An epoch drops its incomplete last batch."""
-    group_size: int | None = None
+    group_size: OrDefault[int] = None
     """m-sharpness: number of examples that share a perturbation (default: the batch)."""
-    microbatch_size: int | None = None
+    microbatch_size: OrDefault[int] = None
     """Number of examples computed at a time, to save memory (default: the batch)."""
     start_step: int = 0
     """Perturb from this step on. Earlier steps are plain and cost one gradient."""
@@ -78,7 +86,7 @@ class Task:
     """From then on, perturb every N-th step. The other steps are plain."""
     label_noise: float = 0.0
     """Share of the training and validation labels replaced by another class."""
-    workers: int | None = None
+    workers: OrDefault[int] = None
     """Number of processes that decode streamed images (default: one per CPU, at most 16)."""
 
     def source(self, seed: int) -> Source:
@@ -94,7 +102,7 @@ class Place:
     The exception is batch normalization with statistics per device.
     """
 
-    devices: int | None = None
+    devices: OrDefault[int] = None
     """Number of devices per process that share a batch (default: all)."""
     parallelism: Literal["jit", "shard_map", "pmap"] = "jit"
     """How they share it: one program for all devices (jit), or one for each."""
@@ -108,23 +116,25 @@ class Config(Place, Hyperparameters, Task):
 
     method: MethodName = "bisam-log"
     """The sharpness-aware method; sgd is plain training, with either base optimizer."""
-    perturbation: Literal["ce", "log", "tanh"] | None = None
+    perturbation: OrDefault[Literal["ce", "log", "tanh"]] = None
     """The ascended loss: cross-entropy, or BiSAM's (default: ce; bisam-*: as the name says)."""
     seed: int = 0
     """Random seed. The data split does not depend on it."""
     batch_statistics: Literal["synchronised", "per-device"] = "synchronised"
     """Batch normalization over the whole batch, or over each device's part (not with jit)."""
-    checkpoint_every: int | None = None
+    checkpoint_every: OrDefault[int] = None
     """Steps between checkpoints (default: 1 epoch; digits: 10). The best epoch is always kept."""
     keep_checkpoints: int = 2
     """Number of latest checkpoints to keep."""
-    output: Path | None = None
+    output: OrDefault[Path] = None
     """The run folder (default: a new one in runs/)."""
 
     def __post_init__(self) -> None:
         """Refuses values out of range. Messages name the options."""
         ranges = {name: known.range for name, known in HYPERPARAMETERS.items()}
         check_ranges(self, _RANGES | ranges)
+        if self.model is not None:
+            check_model(self.model)
         spec = METHODS[self.method]
         if spec.ascends is not None and self.perturbation not in (None, spec.ascends):
             raise ArgumentError(
@@ -146,6 +156,14 @@ _RANGES = {
 def option_of(name: str) -> str:
     """Returns a field's name as it is typed on the command line."""
     return f"--{name.replace('_', '-')}"
+
+
+def check_model(name: str) -> None:
+    """Raises ArgumentError if there is no such model."""
+    try:
+        architecture(name)
+    except ValueError as error:
+        raise ArgumentError(f"--model: {error}") from error
 
 
 def check_ranges(options: Any, ranges: Mapping[str, Range]) -> None:

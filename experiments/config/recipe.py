@@ -100,7 +100,12 @@ def resolve(config: Config) -> Recipe:
         ArgumentError: if values contradict each other.
     """
     spec, usual = METHODS[config.method], dataset_spec(config.dataset)
-    perturbation = "ce" if spec.is_plain else spec.ascends or config.perturbation or "ce"
+    perturbation = spec.ascends or config.perturbation or "ce"
+    if spec.is_plain and perturbation != "ce":
+        raise ArgumentError(
+            f"--perturbation {perturbation} has no meaning for --method {config.method}: nothing "
+            "is ascended"
+        )
     batch_size = _given(config.batch_size, usual.batch_size)
     recipe = Recipe(
         dataset=config.dataset,
@@ -130,9 +135,20 @@ def resolve(config: Config) -> Recipe:
 
 
 def _hyperparameters(config: Config, perturbation: str) -> dict[str, float]:
-    """Returns the hyperparameters that have a meaning: given values, or defaults."""
+    """Returns the hyperparameters that have a meaning: given values, or defaults.
+
+    Raises:
+        ArgumentError: if a value is given for another one.
+    """
     defaults = METHODS[config.method].defaults
     defaults |= PERTURBATIONS[perturbation] | BASE_OPTIMIZERS[config.base]
+    for name in HYPERPARAMETERS:
+        if getattr(config, name) is not None and name not in defaults:
+            raise ArgumentError(
+                f"{option_of(name)} has no meaning for --method {config.method}, --perturbation "
+                f"{perturbation}, --base {config.base}, which take "
+                f"{', '.join(map(option_of, defaults))}"
+            )
     return {
         name: _given(getattr(config, name), defaults[name])
         for name in HYPERPARAMETERS
@@ -149,6 +165,26 @@ def filled_in(config: Config, recipe: Recipe) -> Config:
     values = {field.name: getattr(recipe, field.name) for field in dataclasses.fields(Recipe)}
     known = dict.fromkeys(HYPERPARAMETERS) | dict(values.pop("hyperparameters"))
     return dataclasses.replace(config, **values, **known)
+
+
+def differences(config: Config) -> list[tuple[str, str, str]]:
+    """Returns option, value and default of everything that is not at its default.
+
+    The defaults are those of the data set, the method and the base optimizer. The run folder is
+    left out.
+    """
+    config = dataclasses.replace(config, output=None)
+    followed = ("dataset", "method", "base", "batch_size")  # by the defaults of others
+    usual = Config(**{name: getattr(config, name) for name in followed})
+    values, defaults = (filled_in(c, resolve(c)) for c in (config, usual))
+    first = {name: getattr(Config(), name) for name in followed[:3]}
+    first["batch_size"] = dataset_spec(config.dataset).batch_size
+    return [
+        (option_of(field.name), str(value), "-" if default is None else str(default))
+        for field in dataclasses.fields(Config)
+        if (value := getattr(values, field.name))
+        != (default := first.get(field.name, getattr(defaults, field.name)))
+    ]
 
 
 def _check_perturbed(recipe: Recipe) -> None:

@@ -1,16 +1,21 @@
 """Data sets: three parts of images and labels, in memory or streamed.
 
-Nothing here knows models, methods or devices. `DATASETS` is the only list of data sets.
+Nothing here knows models, methods or devices. `DATASETS` is the only list of data sets. The name of
+a data set from elsewhere is the path of its folder.
 """
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 from experiments.data.dataset import Dataset as Dataset
 from experiments.data.dataset import Part as Part
 from experiments.data.dataset import Source as Source
 from experiments.data.digits import digits
+from experiments.data.image_folder import image_folder
+from experiments.data.prepared import VERSION, is_prepared
+from experiments.data.prepared import is_path as is_path
 from experiments.data.splits import DatasetError as DatasetError
 from experiments.data.splits import Split as Split
 from experiments.data.stream import Stream as Stream
@@ -54,12 +59,24 @@ DATASETS = {
 
 
 def dataset_spec(name: str) -> DatasetSpec:
-    """Returns the spec of a data set. A name not in `DATASETS` is one that TFDS prepared."""
-    return DATASETS.get(base_name(name), DatasetSpec())
+    """Returns the spec of a data set.
+
+    Args:
+        name: a key of `DATASETS`; another name that TFDS prepared; or the path of a folder, which
+            TFDS prepared or which has images by class. A folder with the name of a known data set
+            has its defaults.
+    """
+    spec = DATASETS.get(base_name(name), DatasetSpec())
+    if not is_path(name):
+        return spec
+    return spec._replace(load=tfds_images if is_prepared(Path(name)) else image_folder)
 
 
 def base_name(name: str) -> str:
-    """Returns TFDS's name without configuration and version."""
+    """Returns the name without configuration and version, or the name of a folder."""
+    if is_path(name):
+        path = Path(name).expanduser().resolve()
+        return path.parent.name if VERSION.fullmatch(path.name) else path.name
     return re.split("[/:]", name)[0]
 
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from experiments.data.splits import DatasetError
+from experiments.system.suggestions import did_you_mean
 
 _NAME = re.compile(
     r"(?P<dataset>[a-z_]\w*)(/(?P<config>[\w+\-.]*\w))?(:(?P<version>\d+\.\d+\.\d+))?"
 )
-_VERSION = re.compile(r"\d+\.\d+\.\d+")
+VERSION = re.compile(r"\d+\.\d+\.\d+")
 _METADATA = ("dataset_info.json", "features.json")
 
 
@@ -19,7 +20,8 @@ def open_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> A
 
     Args:
         name: as TFDS writes it: `name`, `name/config`, `name:version` or `name/config:version`.
-            The default version is the newest, the default configuration the only one.
+            The default version is the newest, the default configuration the only one. Or the path
+            of its folder.
         data_dir: the folder that TFDS prepared it in; by default TFDS's own, `TFDS_DATA_DIR` or
             `~/tensorflow_datasets`.
 
@@ -29,7 +31,7 @@ def open_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> A
     """
     default = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     root = Path(default if data_dir is None else data_dir).expanduser()
-    folder = _folder(name, root)
+    folder = _newest(Path(name).expanduser()) if is_path(name) else _folder(name, root)
 
     import tensorflow_datasets as tfds
 
@@ -43,13 +45,23 @@ def open_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> A
     return builder
 
 
+def is_path(name: str) -> bool:
+    """Returns whether the name of a data set is the path of a folder."""
+    return name.startswith((".", "/", "~")) or ("/" in name and Path(name).is_dir())
+
+
+def is_prepared(path: Path) -> bool:
+    """Returns whether TFDS prepared the folder: a version, or the folder of several versions."""
+    return bool(_is_version(path.expanduser()) or _versions(path.expanduser()))
+
+
 def _folder(name: str, root: Path) -> Path:
     """Returns the folder of the version, which has the files that describe it."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise DatasetError(
-            f"{name!r} names no data set: use 'digits', or a TFDS name: 'name', 'name/config', "
-            "'name:1.0.0' or 'name/config:1.0.0'"
+            f"{name!r} names no data set: use 'digits'; a TFDS name: 'name', 'name/config', "
+            "'name:1.0.0' or 'name/config:1.0.0'; or the path of a folder"
         )
     folder = root / match["dataset"]
     if match["config"]:
@@ -65,7 +77,18 @@ def _folder(name: str, root: Path) -> Path:
     if match["version"]:
         versions = [path for path in versions if path.name == match["version"]]
     if not versions:
-        raise DatasetError(f"there is no {name} in {root}: {_how_to_prepare(name, root)}")
+        there = [path.name for path in _folders(root) if _folders(path)]
+        meant = did_you_mean(name, [*there, "digits"])
+        what_to_do = f".{meant}" if meant else f": {_how_to_prepare(name, root)}"
+        raise DatasetError(f"there is no {name} in {root}{what_to_do}")
+    return _newest(folder, versions)
+
+
+def _newest(folder: Path, versions: list[Path] | None = None) -> Path:
+    """Returns the folder of the newest version; `folder` may be one itself."""
+    if _is_version(folder):
+        return folder
+    versions = versions or _versions(folder)
     return max(versions, key=lambda path: [int(part) for part in path.name.split(".")])
 
 
@@ -74,11 +97,12 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _versions(path: Path) -> list[Path]:
-    return [
-        child
-        for child in _folders(path)
-        if _VERSION.fullmatch(child.name) and all((child / file).is_file() for file in _METADATA)
-    ]
+    return [child for child in _folders(path) if _is_version(child)]
+
+
+def _is_version(path: Path) -> bool:
+    has_metadata = all((path / file).is_file() for file in _METADATA)
+    return has_metadata and VERSION.fullmatch(path.name) is not None
 
 
 def _how_to_prepare(name: str, root: Path) -> str:

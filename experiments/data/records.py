@@ -1,4 +1,4 @@
-"""Image files and their labels, read in any order from what TFDS prepared."""
+"""Image files and their labels, read in any order from where they are stored."""
 
 import dataclasses
 from typing import Any
@@ -10,10 +10,11 @@ from experiments.data.splits import DatasetError
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Records:
-    """A sequence of image files and labels: the records at `indices` of one split of TFDS.
+    """A sequence of image files and labels: the records at `indices` of one source.
 
     Attributes:
-        source: TFDS's data source, which does not decode images.
+        source: what `__getitems__` reads records from, such as a data source of TFDS that does not
+            decode images.
         image_key: key of the image in a record.
         label_key: key of the label in a record.
         channels: number of channels of the decoded images.

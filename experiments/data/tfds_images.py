@@ -1,27 +1,14 @@
 """Any image classification data set of TFDS: in memory if it fits, else as streams."""
 
-import os
 from typing import Any
 
 import numpy as np
 
 from experiments.data import image_files
-from experiments.data.dataset import Dataset, Part, Source
+from experiments.data.dataset import Dataset, Source
+from experiments.data.encoded import MEMORY_LIMIT, Encoded, dataset_from_records
 from experiments.data.prepared import open_builder
-from experiments.data.records import Records
-from experiments.data.splits import (
-    SPLIT_SEED,
-    DatasetError,
-    Split,
-    blocks,
-    first_examples,
-    label_offsets,
-)
-from experiments.data.stream import Stream
-
-MEMORY_LIMIT = 4 * 2**30
-IMAGE_SIZE = 224
-VALIDATION_SHARE = 0.1
+from experiments.data.splits import DatasetError
 
 # Mean and standard deviation per channel of the training images scaled to [0, 1].
 STATISTICS = {
@@ -38,12 +25,11 @@ def tfds_images(source: Source, *, memory_limit: int = MEMORY_LIMIT) -> Dataset:
 
     90 % of TFDS's training split are the training part, and 10 % are the validation part, which
     does not depend on the seed. The test part is TFDS's `test`, or `validation` if `test` is
-    missing or has no labels. Images are streamed if they differ in size, if another `image_size`
-    is requested, or if they need more memory than the limit.
+    missing or has no labels.
 
     Args:
         source: the request.
-        memory_limit: largest size in memory, in bytes. A larger data set is streamed.
+        memory_limit: see :func:`dataset_from_records`.
 
     Raises:
         DatasetError: if the data set is not on disk, not in array_record format, not an image
@@ -55,39 +41,12 @@ def tfds_images(source: Source, *, memory_limit: int = MEMORY_LIMIT) -> Dataset:
     """
     builder = open_builder(source.name, source.data_dir)
     image_key, label_key = _keys(builder.info)
-    *size, channels = builder.info.features[image_key].shape
+    height, width, channels = builder.info.features[image_key].shape
     classes = builder.info.features[label_key].num_classes
-    train_records, test_records = _sources(builder, label_key)
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(train_records))
-    held_out = max(1, round(VALIDATION_SHARE * len(order)))
-    train_rng, validation_rng = np.random.default_rng(source.seed).spawn(2)
-
-    def records(known: Any, indices: np.ndarray, offsets: np.ndarray) -> Records:
-        return Records(known, image_key, label_key, channels, classes, indices, offsets)
-
-    def noisy(indices: np.ndarray, count: int | None, rng: np.random.Generator) -> Records:
-        # Drawn for all examples, so that a smaller subset has the labels of a larger one.
-        offsets = label_offsets(len(indices), source.label_noise, classes, rng)
-        first = first_examples(np.arange(len(indices)), count)
-        return records(train_records, indices[first], offsets[first])
-
-    test = np.arange(len(test_records))
-    parts = [
-        noisy(order[held_out:], source.train_examples, train_rng),
-        noisy(order[:held_out], None, validation_rng),
-        records(test_records, test, np.zeros_like(test)),
-    ]
-    as_stored = None not in size and size == [source.image_size or length for length in size]
-    if as_stored and sum(map(len, parts)) * np.prod([*size, channels]) <= memory_limit:
-        shape = (size[0], size[1], channels)
-        train, validation, test = (_in_memory(part, shape) for part in parts)
-    else:
-        height, width = size if as_stored else 2 * [source.image_size or IMAGE_SIZE]
-        shape = (height, width, channels)
-        processes = min(16, os.cpu_count() or 1) if source.workers is None else source.workers
-        train, validation, test = (Stream(part, (height, width), processes) for part in parts)
-    mean, std = _statistics(builder.info.name, train)
-    return Dataset(train, validation, test, classes, shape, mean, std, source.name)
+    parts = _sources(builder, label_key)
+    encoded = Encoded(*parts, image_key, label_key, (height, width), channels, classes)
+    statistics = STATISTICS.get(builder.info.name)
+    return dataset_from_records(source, encoded, statistics, memory_limit=memory_limit)
 
 
 def _keys(info: Any) -> tuple[str, str]:
@@ -146,29 +105,3 @@ def _sources(builder: Any, label_key: str) -> tuple[Any, Any]:
         f"{builder.info.full_name} should have the split train, and test or validation with "
         f"labels, but has {', '.join(splits)}"
     )
-
-
-def _in_memory(records: Records, shape: tuple[int, int, int]) -> Split:
-    images = np.empty((len(records), *shape), np.uint8)
-    labels = np.empty(len(records), np.int32)
-    for block in blocks(len(records)):
-        files, labels[block] = zip(*records.read(block), strict=True)
-        for image, file in zip(images[block], files, strict=True):
-            image[:] = image_files.decode(file, records.channels)
-    return Split(images, labels)
-
-
-def _statistics(name: str, train: Part) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation: float32[channels] in the units of the images."""
-    if name in STATISTICS:
-        mean, std = (255 * np.asarray(values) for values in STATISTICS[name])
-    else:
-        count, total, squares = 0, np.zeros(1), np.zeros(1)
-        for images in train.sample():
-            pixels = images.reshape(-1, images.shape[-1]).astype(np.float64)
-            count, total = count + len(pixels), total + pixels.sum(0)
-            squares = squares + np.square(pixels).sum(0)
-        mean = total / count
-        variance = squares / count - mean**2
-        std = np.sqrt(np.where(variance > 0, variance, 1))
-    return mean.astype(np.float32), std.astype(np.float32)

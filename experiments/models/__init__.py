@@ -1,11 +1,13 @@
 """Flax NNX models, and their pure form: functions of parameters and batch statistics.
 
-Nothing here knows data sets, methods or training. `ARCHITECTURES` is the only list of models.
+Nothing here knows data sets, methods or training. `ARCHITECTURES` is the only list of models. A
+model from elsewhere is named by its module and its factory.
 """
 
+import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +17,12 @@ from jax.typing import DTypeLike
 from experiments.models.cifar_resnet import CifarResNet
 from experiments.models.cnn import CNN
 from experiments.models.densenet import DenseNet
-from experiments.models.layers import BatchNorm
 from experiments.models.mlp import MLP
 from experiments.models.resnet import ResNet
 from experiments.models.vgg import VGG
 from experiments.models.vit import ViT
 from experiments.models.wide_resnet import WideResNet
+from experiments.system.suggestions import did_you_mean
 
 Apply = Callable[..., tuple[jax.Array, Any]]
 Init = Callable[[jax.Array], tuple[Any, Any]]
@@ -62,6 +64,37 @@ ARCHITECTURES = {
 }
 
 
+def architecture(name: str) -> Architecture:
+    """Returns the architecture of a name.
+
+    Args:
+        name: a key of `ARCHITECTURES`, or "module:factory": a function or class, called with
+            `(image_shape, classes, *, dtype, rngs)`, that makes an `nnx.Module`. The module is
+            called with `(images, *, train, keys)` and returns logits.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    if name in ARCHITECTURES:
+        return ARCHITECTURES[name]
+    module, _, factory = name.partition(":")
+    if not (module and factory):
+        raise ValueError(
+            f"there is no model {name!r}: use {', '.join(ARCHITECTURES)}, or MODULE:FACTORY."
+            f"{did_you_mean(name, ARCHITECTURES)}"
+        )
+    try:
+        found: Any = getattr(importlib.import_module(module), factory)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"model {name!r} cannot be imported: {error}. Run the command in the folder of "
+            f"{module}.py, or name that folder in PYTHONPATH"
+        ) from error
+    if not callable(found):
+        raise ValueError(f"model {name!r} must be a function or a class, got {found!r}")
+    return Architecture(cast(Any, found))
+
+
 def build(
     name: str,
     image_shape: tuple[int, ...],
@@ -79,7 +112,7 @@ def build(
     `train` is true. Dropout then needs `keys`, one per example: Key[batch].
 
     Args:
-        name: a key of `ARCHITECTURES`.
+        name: see :func:`architecture`.
         image_shape: (height, width, channels).
         classes: the number of logits.
         dtype: dtype of the computation, float32 or bfloat16.
@@ -90,22 +123,23 @@ def build(
     Raises:
         ValueError: if there is no such model, or it cannot take images of this shape.
     """
-    if name not in ARCHITECTURES:
-        raise ValueError(f"model must be one of {', '.join(ARCHITECTURES)}; got {name!r}")
+    factory = architecture(name).module
 
     def module(key: jax.Array) -> nnx.Module:
-        model = ARCHITECTURES[name].module(
-            image_shape, classes, dtype=dtype, rngs=nnx.Rngs(key), **options
-        )
+        model = factory(image_shape, classes, dtype=dtype, rngs=nnx.Rngs(key), **options)
         for _, part in nnx.iter_graph(model):
-            if isinstance(part, BatchNorm):
+            if isinstance(part, nnx.BatchNorm):
                 part.axis_name = axis_name
         return model
 
     def init(key: jax.Array) -> tuple[Any, Any]:
-        _, *states = nnx.split(module(key), nnx.Param, nnx.BatchStat)
-        params, stats = map(nnx.to_pure_dict, states)
-        return params, stats
+        _, params, stats, others = nnx.split(module(key), nnx.Param, nnx.BatchStat, ...)
+        if jax.tree.leaves(others):
+            raise ValueError(
+                f"model {name!r} keeps state that is neither parameters nor batch statistics: for "
+                "dropout, use experiments.models.layers.Dropout, which takes its keys per call"
+            )
+        return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: module(jax.random.key(0))))
 
@@ -118,7 +152,12 @@ def build(
             )
         model: Any = nnx.merge(graphdef, params, stats, copy=True)
         logits = model(images, train=train, keys=keys)
-        return logits, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
+        if logits.shape != (len(images), classes):
+            raise ValueError(
+                f"model {name!r} must return logits of the shape {(len(images), classes)}; got "
+                f"{logits.shape}"
+            )
+        return logits.astype(jnp.float32), nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
     return init, apply
 

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from experiments.models.layers import BatchNorm, check_image_shape, convolution, global_mean, head
+from experiments.models.layers import (
+    BatchNorm,
+    check_image_shape,
+    convolution,
+    global_mean,
+    head,
+    module_list,
+)
 
 CHANNELS = (16, 32, 64)
 
@@ -48,7 +55,7 @@ class CifarResNet(nnx.Module):
         check_image_shape(image_shape, smallest=4)
         self.convolution = convolution(image_shape[-1], CHANNELS[0], 3, dtype=dtype, rngs=rngs)
         self.norm = BatchNorm(CHANNELS[0], rngs=rngs)
-        self.blocks = nnx.List()
+        self.blocks = module_list()
         n_in = CHANNELS[0]
         for n_out in CHANNELS:
             for _ in range((depth - 2) // 6):

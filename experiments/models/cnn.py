@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from experiments.models.layers import BatchNorm, check_image_shape, global_mean, head
+from experiments.models.layers import BatchNorm, check_image_shape, global_mean, head, module_list
 
 
 class CNN(nnx.Module):
@@ -24,7 +24,7 @@ class CNN(nnx.Module):
     ) -> None:
         check_image_shape(image_shape, smallest=4)
         channels = (image_shape[-1], width, 2 * width, 4 * width)
-        self.convolutions = nnx.List(
+        self.convolutions = module_list(
             nnx.Conv(
                 n_in,
                 n_out,
@@ -37,7 +37,7 @@ class CNN(nnx.Module):
             )
             for layer, (n_in, n_out) in enumerate(itertools.pairwise(channels))
         )
-        self.norms = nnx.List(BatchNorm(n, rngs=rngs) for n in channels[1:])
+        self.norms = module_list(BatchNorm(n, rngs=rngs) for n in channels[1:])
         self.head = head(channels[-1], classes, rngs=rngs)
 
     def __call__(

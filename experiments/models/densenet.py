@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from experiments.models.layers import BatchNorm, check_image_shape, convolution, global_mean, head
+from experiments.models.layers import (
+    BatchNorm,
+    check_image_shape,
+    convolution,
+    global_mean,
+    head,
+    module_list,
+)
 
 
 class DenseLayer(nnx.Module):
@@ -55,7 +62,7 @@ class DenseNet(nnx.Module):
         check_image_shape(image_shape, smallest=2 ** (len(layers) - 1))
         n_in = 2 * growth
         self.convolution = convolution(image_shape[-1], n_in, 3, dtype=dtype, rngs=rngs)
-        self.layers = nnx.List()
+        self.layers = module_list()
         for block, count in enumerate(layers):
             if block > 0:
                 self.layers.append(Transition(n_in, dtype=dtype, rngs=rngs))

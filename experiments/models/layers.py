@@ -2,12 +2,15 @@
 
 import functools
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+
+# Flax before 0.12 takes plain lists. Later versions want lists of modules to be marked.
+module_list: Any = getattr(nnx, "List", list)
 
 
 def convolution(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from experiments.models.layers import BatchNorm, head
+from experiments.models.layers import BatchNorm, head, module_list
 
 
 class MLP(nnx.Module):
@@ -24,7 +24,7 @@ class MLP(nnx.Module):
         width: int = 256,
     ) -> None:
         sizes = (math.prod(image_shape), width, width)
-        self.hidden = nnx.List(
+        self.hidden = module_list(
             nnx.Linear(
                 n_in,
                 n_out,
@@ -35,7 +35,7 @@ class MLP(nnx.Module):
             )
             for n_in, n_out in itertools.pairwise(sizes)
         )
-        self.norms = nnx.List(BatchNorm(n, rngs=rngs) for n in sizes[1:])
+        self.norms = module_list(BatchNorm(n, rngs=rngs) for n in sizes[1:])
         self.head = head(width, classes, rngs=rngs)
 
     def __call__(

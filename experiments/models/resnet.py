@@ -12,7 +12,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from experiments.models.layers import BatchNorm, check_image_shape, global_mean, head, max_pool
+from experiments.models.layers import (
+    BatchNorm,
+    check_image_shape,
+    global_mean,
+    head,
+    max_pool,
+    module_list,
+)
 from experiments.models.layers import convolution as any_convolution
 
 convolution = functools.partial(any_convolution, fan="fan_out")
@@ -55,8 +62,8 @@ class ResNetBlock(nnx.Module):
             if bottleneck
             else [(channels, 3, stride), (channels, 3, 1)]
         )
-        self.convolutions = nnx.List()
-        self.norms = nnx.List()
+        self.convolutions = module_list()
+        self.norms = module_list()
         for n, size, step in shapes:
             self.convolutions.append(
                 convolution(n_in, n, size, stride=step, dtype=dtype, rngs=rngs)
@@ -89,7 +96,7 @@ class ResNet(nnx.Module):
         check_image_shape(image_shape, smallest=17)
         self.convolution = convolution(image_shape[-1], 64, 7, stride=2, dtype=dtype, rngs=rngs)
         self.norm = BatchNorm(64, rngs=rngs)
-        self.blocks = nnx.List()
+        self.blocks = module_list()
         n_in = 64
         for group, count in enumerate(blocks):
             for number in range(count):

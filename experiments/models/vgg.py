@@ -20,6 +20,7 @@ from experiments.models.layers import (
     global_mean,
     head,
     max_pool,
+    module_list,
 )
 
 CHANNELS = (64, 128, 256, 512, 512)
@@ -45,8 +46,8 @@ class VGG(nnx.Module):
         # On a smaller side, one of the five maxima would change nothing.
         check_image_shape(image_shape, smallest=17)
         self.group_sizes = convolutions
-        self.convolutions = nnx.List()
-        self.norms = nnx.List()
+        self.convolutions = module_list()
+        self.norms = module_list()
         n_in = image_shape[-1]
         for n_out, count in zip(CHANNELS, convolutions, strict=True):
             for _ in range(count):
@@ -58,7 +59,7 @@ class VGG(nnx.Module):
                 self.norms.append(BatchNorm(n_out, rngs=rngs))
                 n_in = n_out
         self.dropout_rate = dropout
-        self.hidden = nnx.List(
+        self.hidden = module_list(
             nnx.Linear(n_in, n_in, kernel_init=nnx.initializers.he_normal(), dtype=dtype, rngs=rngs)
             for _ in range(2)
         )

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from experiments.models.layers import Dropout, check_image_shape
+from experiments.models.layers import Dropout, check_image_shape, module_list
 
 # DeiT truncates at 2, which is 100 standard deviations: nothing is cut.
 INIT = nnx.initializers.normal(0.02)
@@ -87,7 +87,7 @@ class ViT(nnx.Module):
         self.class_token = nnx.Param(INIT(rngs.params(), (1, 1, width), jnp.float32))
         self.positions = nnx.Param(INIT(rngs.params(), (1, tokens, width), jnp.float32))
         self.dropout_rate = dropout
-        self.blocks = nnx.List(
+        self.blocks = module_list(
             TransformerBlock(width, heads, dtype=dtype, rngs=rngs) for _ in range(depth)
         )
         self.norm = layer_norm(width, rngs=rngs)

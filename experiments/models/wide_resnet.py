@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from experiments.models.layers import BatchNorm, check_image_shape, global_mean, head
+from experiments.models.layers import BatchNorm, check_image_shape, global_mean, head, module_list
 from experiments.models.layers import convolution as any_convolution
 
 # The authors' code draws kernels of variance 2 / fan_out.
@@ -59,7 +59,7 @@ class WideResNet(nnx.Module):
     ) -> None:
         check_image_shape(image_shape, smallest=4)
         self.convolution = convolution(image_shape[-1], 16, 3, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List()
+        self.blocks = module_list()
         n_in = 16
         for group, channels in enumerate((16, 32, 64)):
             for number in range((depth - 4) // 6):

@@ -12,7 +12,7 @@ from experiments.config.recipe import Recipe
 from experiments.step import augmentation, evaluation, train_step
 from experiments.step.feeds import Feed, feed_of
 from experiments.step.layout import Layout
-from experiments.step.method import BuiltMethod, base_optimizer, build_method
+from experiments.step.method import BuiltMethod, base_optimizer, build_method, learning_rate
 from experiments.step.parallelism import over_devices
 from experiments.step.train_step import StepOnStored, TrainState
 from experiments.system.command_line import ArgumentError
@@ -40,6 +40,7 @@ class Experiment:
             hyperparameters by name, possibly traced.
         step_of: `step_of(values)` returns the step on stored images of one device.
         step: the step on stored images, over all devices of the layout.
+        predict: `predict(params, stats, images)` returns the logits of stored images.
         sums: see :func:`experiments.step.evaluation.make_sums`.
         evaluate: see :func:`experiments.step.evaluation.make_evaluate`.
     """
@@ -55,6 +56,7 @@ class Experiment:
     state_of: Callable[[jax.Array, Any], TrainState]
     step_of: Callable[[Any], StepOnStored]
     step: StepOnStored
+    predict: evaluation.Predict
     sums: evaluation.Sums
     evaluate: Callable[[Any, Any, Feed], evaluation.Evaluation]
 
@@ -62,6 +64,16 @@ class Experiment:
     def total_steps(self) -> int:
         """The number of steps of the whole run."""
         return self.steps_per_epoch * self.recipe.epochs
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Returns the learning rate of a step, and its rho if the method has one."""
+        recipe = self.recipe
+        schedule = learning_rate(recipe.hyperparameters, self.total_steps)
+        rates = {"learning_rate": float(jnp.asarray(schedule(step)))}
+        if "rho" in recipe.hyperparameters:
+            is_perturbed = step >= recipe.start_step
+            rates["rho"] = recipe.hyperparameters["rho"] if is_perturbed else 0.0
+        return rates
 
     def first_state(self) -> TrainState:
         """Makes the state before the first step, over the devices."""
@@ -99,7 +111,8 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
 
     method = method_of(recipe.hyperparameters, 0)
     own = _step(recipe, apply, method, layout.axis_name, layout.parts_of_program)
-    sums = evaluation.make_sums(apply, _normalise(dataset))
+    predict = evaluation.make_predict(apply, _normalise(dataset))
+    sums = evaluation.make_sums(predict)
     steps_at_once = _steps_at_once(recipe, steps_per_epoch)
     train, validation, test = (
         feed_of(part, layout, steps_at_once)
@@ -117,6 +130,7 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
         state_of,
         step_of,
         step=on_stored(over_devices(own, layout)),
+        predict=predict,
         sums=sums,
         evaluate=evaluation.make_evaluate(sums, _evaluated_at_once(recipe, dataset), layout),
     )
@@ -181,7 +195,7 @@ def _step(
 
 def _steps_at_once(recipe: Recipe, steps_per_epoch: int) -> int:
     # XLA on CPU runs convolutions inside a loop many times slower.
-    convolutional = models.ARCHITECTURES[recipe.model].convolutional
+    convolutional = models.architecture(recipe.model).convolutional
     one_by_one = convolutional and jax.default_backend() == "cpu"
     return 1 if one_by_one else min(STEPS_AT_ONCE, steps_per_epoch)
 

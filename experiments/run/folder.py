@@ -4,7 +4,7 @@ config.json     all options with their values, written first
 metrics.csv     one line per epoch, appended during training
 tensorboard/    the same numbers as event files
 checkpoints/    the latest checkpoints and that of the best epoch (orbax)
-curves.png      loss and validation accuracy, drawn at the end
+curves.png      losses, validation accuracy and learning rate, drawn at the end
 summary.json    status, progress, test accuracy; written last, also after an interruption
 """
 
@@ -16,7 +16,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import matplotlib.figure
 import tensorboardX
 
 from experiments.config.config import Config
@@ -30,6 +29,8 @@ COLUMNS: tuple[str, ...] = (
     "validation_accuracy",
     "validation_loss",
     "examples_per_second",
+    "learning_rate",
+    "rho",
 )
 
 
@@ -43,7 +44,7 @@ class RunFolder:
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path = path.resolve()
-        self._writes = writes
+        self.writes = writes
         self.checkpoints = self.path / "checkpoints"
         self.metrics: list[dict[str, Any]] = []
         self._events: tensorboardX.SummaryWriter | None = None
@@ -68,7 +69,7 @@ class RunFolder:
         Raises:
             BlockingIOError: if another process has the lock.
         """
-        if self._writes:
+        if self.writes:
             self._lock.enter_context(files.locked(self.path))
 
     def read_summary(self) -> dict[str, Any]:
@@ -88,7 +89,7 @@ class RunFolder:
         An interrupted run may have written later epochs.
         """
         self.metrics = []
-        if not self._writes:
+        if not self.writes:
             self.metrics += rows
             return
         self._write("metrics.csv", ",".join(COLUMNS) + "\n")
@@ -107,22 +108,18 @@ class RunFolder:
         with (self.path / "metrics.csv").open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
         for name in COLUMNS[2:]:
-            self._events.add_scalar(name, row[name], row["step"])
+            if name in row:
+                self._events.add_scalar(name, row[name], row["step"])
         self._events.flush()
 
-    def draw_curves(self) -> None:
-        """Draws curves.png from the metrics so far."""
-        if not self._writes:
-            return
-        epochs = [row["epoch"] for row in self.metrics]
-        figure = matplotlib.figure.Figure(figsize=(8, 3), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        left.plot(epochs, [row["loss"] for row in self.metrics], color="black")
-        left.set(xlabel="epoch", ylabel="training loss")
-        accuracies = [100 * row["validation_accuracy"] for row in self.metrics]
-        right.plot(epochs, accuracies, color="black")
-        right.set(xlabel="epoch", ylabel="validation accuracy (%)")
-        figure.savefig(self.path / "curves.png", dpi=120)
+    def append_hyperparameters(
+        self, values: dict[str, Any], results: dict[str, float | None]
+    ) -> None:
+        """Appends hyperparameters and results for TensorBoard's page of many runs."""
+        if self._events is not None:
+            known = {name: result for name, result in results.items() if result is not None}
+            # "." is this folder. Otherwise they would become a run of their own.
+            self._events.add_hparams(values, known, name=".")
 
     def close(self) -> None:
         """Closes the event files and releases the lock."""
@@ -131,7 +128,7 @@ class RunFolder:
         self._lock.close()
 
     def _write(self, name: str, text: str) -> None:
-        if self._writes:
+        if self.writes:
             files.write_text(self.path / name, text)
 
 

@@ -8,16 +8,27 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.data import base_name
+from experiments.run import curves
 from experiments.run.checkpoints import UNKNOWN, CheckpointError, Checkpoints
 from experiments.run.experiment import Experiment
 from experiments.run.folder import RunFolder
 from experiments.step.feeds import advance
+from experiments.step.train_step import TrainState
 from experiments.system import machine, processes, progress
 from experiments.system.interruption import Interruption
 
 
 class NonFiniteLossError(Exception):
     """The loss became infinite or NaN."""
+
+
+class InterruptedRunError(KeyboardInterrupt):
+    """A run was interrupted and saved. :attr:`summary` is what :meth:`Run.finish` returns."""
+
+    def __init__(self, summary: dict[str, Any]) -> None:
+        super().__init__("interrupted")
+        self.summary = summary
 
 
 class Run:
@@ -95,9 +106,7 @@ class Run:
             self.experiment.step, self.state, recipe.batch_size, recipe.seed, recipe.epochs
         )
         self.compile_seconds = time.perf_counter() - compiling
-        print(
-            f"compiled in {self.compile_seconds:.1f} s, writing to {self.folder.path}", flush=True
-        )
+        print(f"compiled in {self.compile_seconds:.1f} s", flush=True)
         steps, every = self.experiment.steps_per_epoch, self.checkpoint_every
         total, silent = self.experiment.total_steps, not processes.is_first()
         with progress.shown(total, "step", done=self.step, silent=silent) as bar:
@@ -150,6 +159,7 @@ class Run:
             "validation_accuracy": accuracy,
             "validation_loss": loss,
             "examples_per_second": examples / self.seconds_in_epoch,
+            **experiment.rates(self.step - 1),
         }
         self.losses, self.seconds_in_epoch = [], 0.0
         self.folder.append_metrics(row)
@@ -180,27 +190,45 @@ class Run:
         return self.seconds_before + time.perf_counter() - self.started
 
     def finish(self, interruption: Interruption) -> dict[str, Any]:
-        """Tests the best checkpoint, writes curves and summary, and returns the summary."""
-        self.checkpoints.wait()
-        if interruption.signal and self.step < self.experiment.total_steps:
-            self.folder.draw_curves()
-            # After a SIGTERM there may be little time.
-            terminated = interruption.signal == signal.SIGTERM
-            summary = self.write_summary("interrupted", None if terminated else self._test())
-            if not terminated:
-                raise KeyboardInterrupt
-            return summary
-        self.folder.draw_curves()
-        return self.write_summary("finished", self._test())
+        """Tests the last and the best epoch, writes curves and summary, and returns the summary.
 
-    def _test(self) -> float | None:
+        Raises:
+            InterruptedRunError: after Ctrl-C. The best checkpoint so far is tested.
+        """
+        self.checkpoints.wait()
+        recipe = self.experiment.recipe
+        epoch = None if self.best is None else self.best["epoch"]
+        title = f"{recipe.label} on {base_name(recipe.dataset)}, {recipe.model}, seed {recipe.seed}"
+        curves.draw(self.folder, title, epoch)
+        if interruption.signal == signal.SIGTERM and self.step < self.experiment.total_steps:
+            return self.write_summary("interrupted")  # there may be little time
+        last = self._tested(self.state)
+        best = self._tested(self._best_state())
+        if interruption.signal and self.step < self.experiment.total_steps:
+            raise InterruptedRunError(self.write_summary("interrupted", best, last))
+        summary = self.write_summary("finished", best, last)
+        self.folder.append_hyperparameters(
+            {"method": recipe.label, "seed": recipe.seed, **recipe.hyperparameters},
+            {"test_accuracy": best, "last_test_accuracy": last},
+        )
+        return summary
+
+    def _best_state(self) -> TrainState | None:
         if self.best is None:
             return None
-        state, _ = self.checkpoints.restore(self.best["step"], self.state)
-        return self.experiment.evaluate(state.params, state.stats, self.experiment.test).accuracy
+        return self.checkpoints.restore(self.best["step"], self.state)[0]
 
-    def write_summary(self, status: str, test_accuracy: float | None = None) -> dict[str, Any]:
-        """Writes summary.json with what is known now, and returns it."""
+    def _tested(self, state: TrainState | None) -> float | None:
+        if state is None:
+            return None
+        test = self.experiment.test
+        accuracy = self.experiment.evaluate(state.params, state.stats, test).accuracy
+        return accuracy if np.isfinite(accuracy) else None
+
+    def write_summary(
+        self, status: str, test_accuracy: float | None = None, last: float | None = None
+    ) -> dict[str, Any]:
+        """Writes summary.json with what is known now, and returns it with the folder's path."""
         summary = {
             "status": status,
             "epochs_completed": len(self.folder.metrics),
@@ -210,6 +238,7 @@ class Run:
             "checkpoint_epoch": self.best and self.best["epoch"],
             "validation_accuracy": self.best and self.best["validation_accuracy"],
             "test_accuracy": test_accuracy,
+            "last_test_accuracy": last,
             "test_examples": self.experiment.test.examples,
             "seconds": round(self._seconds(), 2),
             "compile_seconds": round(self.compile_seconds, 2),
@@ -220,7 +249,7 @@ class Run:
             "versions": machine.versions(),
         }
         self.folder.write_json("summary.json", summary)
-        return summary
+        return summary | {"folder": str(self.folder.path)}
 
     def close(self) -> None:
         """Waits until all checkpoints are written."""

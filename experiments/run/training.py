@@ -9,7 +9,7 @@ import jax
 
 from experiments import data
 from experiments.config.config import Config
-from experiments.config.recipe import Recipe, filled_in, resolve
+from experiments.config.recipe import Recipe, differences, filled_in, resolve
 from experiments.run.experiment import Experiment, experiment_of
 from experiments.run.folder import RunFolder, as_json
 from experiments.run.loop import NonFiniteLossError, Run
@@ -20,7 +20,7 @@ from experiments.system.interruption import Interruption, SharedInterruption
 
 
 def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
-    """Trains as configured. Returns the summary, which is also in the run folder.
+    """Trains as configured. Returns the summary in the run folder, and the path of the folder.
 
     Args:
         config: the options. To resume a run, they are those of its folder.
@@ -32,14 +32,14 @@ def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
         DatasetError: if the data set is not there.
         CheckpointError: if a checkpoint cannot be read.
         NonFiniteLossError: if a loss is not finite; the message names the step.
-        KeyboardInterrupt: on Ctrl-C, after a checkpoint at the end of the current launch. A
+        InterruptedRunError: on Ctrl-C, after a checkpoint at the end of the current launch. A
             SIGTERM also writes a checkpoint, but returns. In both cases the status in the summary
             is "interrupted". If there are several processes, Ctrl-C ends one at once.
     """
     if resume is not None:
         summary = RunFolder(resume).read_summary()
         if summary.get("status") == "finished":
-            return summary
+            return summary | {"folder": str(resume.resolve())}
     with contextlib.ExitStack() as stack:
         shared = jax.process_count() > 1
         interruption = stack.enter_context(SharedInterruption() if shared else Interruption())
@@ -52,9 +52,9 @@ def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
             experiment = experiment_from(config)
             every = config.checkpoint_every or _usual_interval(experiment)
             output = config.output or _new_folder(experiment.recipe)
-            config = _with_defaults(config, experiment.recipe, every, output)
+            asked, config = config, _with_defaults(config, experiment.recipe, every, output)
             folder = stack.enter_context(contextlib.closing(_open(output, config, resume)))
-            print(" ".join(f"{name}={value}" for name, value in as_json(config).items()))
+            print(_in_words(asked, experiment, output))
             run = Run(experiment, folder, every, config.keep_checkpoints)
             stack.enter_context(contextlib.closing(run))
             run.train(interruption)
@@ -83,6 +83,23 @@ def experiment_from(config: Config) -> Experiment:
     return experiment_of(recipe, dataset, layout)
 
 
+def _in_words(config: Config, experiment: Experiment, output: Path) -> str:
+    """Returns what is trained, and a table of the options that are not at their defaults."""
+    recipe, train = experiment.recipe, experiment.train
+    devices = experiment.layout.mesh.size
+    lines = [
+        f"{recipe.label} on {recipe.dataset}: {recipe.model}, {recipe.epochs} epochs of "
+        f"{experiment.steps_per_epoch} steps, {train.examples:,} training examples in batches of "
+        f"{recipe.batch_size}, on {devices} {'device' if devices == 1 else 'devices'}"
+    ]
+    table = [("option", "value", "default"), *differences(config)]
+    if len(table) > 1:
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        cells = (zip(row, widths, strict=True) for row in table)
+        lines += ["  " + "  ".join(f"{text:{n}}" for text, n in row).rstrip() for row in cells]
+    return "\n".join([*lines, f"all options: {files.as_typed(output / 'config.json')}"])
+
+
 def _usual_interval(experiment: Experiment) -> int:
     """Returns the steps between checkpoints."""
     epochs = data.dataset_spec(experiment.recipe.dataset).checkpoint_epochs
@@ -96,8 +113,12 @@ def _new_folder(recipe: Recipe) -> Path:
 
 def _with_defaults(config: Config, recipe: Recipe, every: int, output: Path) -> Config:
     """Returns the options with every value filled in, for the run folder."""
+    dataset = recipe.dataset
+    if data.is_path(dataset):  # so that the run can be resumed from another folder
+        dataset = str(Path(dataset).expanduser().resolve())
     return dataclasses.replace(
         filled_in(config, recipe),
+        dataset=dataset,
         checkpoint_every=every,
         data_dir=config.data_dir and config.data_dir.resolve(),
         output=output,

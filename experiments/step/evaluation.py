@@ -25,25 +25,32 @@ class Evaluation(NamedTuple):
     loss: float
 
 
+Predict = Callable[[Any, Any, jax.Array], jax.Array]
 Sums = Callable[[Any, Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
-def make_sums(
+def make_predict(
     apply: Callable[..., tuple[jax.Array, Any]], normalise: Callable[[jax.Array], jax.Array]
-) -> Sums:
-    """Returns `sums(params, stats, images, labels, counted)`: float32[2].
-
-    The first sum counts correct predictions. The second one adds up losses.
+) -> Predict:
+    """Returns `predict(params, stats, images)`: float32[examples, classes], the logits.
 
     Args:
         apply: the model.
         normalise: maps stored images to the model's inputs.
     """
+    return lambda params, stats, images: apply(params, stats, normalise(images), train=False)[0]
+
+
+def make_sums(predict: Predict) -> Sums:
+    """Returns `sums(params, stats, images, labels, counted)`: float32[2].
+
+    The first sum counts correct predictions. The second one adds up losses.
+    """
 
     def sums(
         params: Any, stats: Any, images: jax.Array, labels: jax.Array, counted: jax.Array
     ) -> jax.Array:
-        logits, _ = apply(params, stats, normalise(images), train=False)
+        logits = predict(params, stats, images)
         losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
         right = logits.argmax(-1) == labels
         # Otherwise NaN logits would count as class 0.

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.config.config import Place
 from experiments.config.recipe import Recipe
 from experiments.data import Split
-from experiments.models import ARCHITECTURES
+from experiments.models import architecture
 from experiments.step.train_step import TrainState
 from experiments.system.command_line import ArgumentError
 
@@ -174,7 +174,7 @@ def layout_of(recipe: Recipe, place: Place) -> Layout:
     shape = (halves, parts // halves, place.fsdp)
     axis_types = (AxisType.Auto,) * 3
     mesh = jax.make_mesh(shape, (GRADIENTS, DATA, FSDP), axis_types, devices=devices)
-    activations_move = ARCHITECTURES[recipe.model].weighs_more_than_batches
+    activations_move = architecture(recipe.model).weighs_more_than_batches
     layout = Layout(mesh, (DATA,) if activations_move else (DATA, FSDP), place.parallelism)
     _check_statistics(recipe, layout)
     _check_batch(recipe, layout)

@@ -29,6 +29,11 @@ class BuiltMethod(NamedTuple):
     perturbation_loss: PerExampleLoss | None = None
 
 
+def learning_rate(hyperparameters: Mapping[str, Any], total_steps: int) -> optax.Schedule:
+    """Returns the learning rate by step: a cosine from its first value to zero."""
+    return optax.cosine_decay_schedule(hyperparameters["learning_rate"], total_steps)
+
+
 def base_optimizer(
     name: str, hyperparameters: Mapping[str, Any], total_steps: int
 ) -> optax.GradientTransformation:
@@ -39,7 +44,7 @@ def base_optimizer(
         hyperparameters: values by name, possibly traced.
         total_steps: length of the schedule.
     """
-    schedule = optax.cosine_decay_schedule(hyperparameters["learning_rate"], total_steps)
+    schedule = learning_rate(hyperparameters, total_steps)
     if name == "adamw":
         return optax.adamw(schedule, weight_decay=hyperparameters["weight_decay"])
     return optax.chain(

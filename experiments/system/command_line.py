@@ -6,11 +6,23 @@ import io
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import tyro
 
+from experiments.system.suggestions import did_you_mean
+
+T = TypeVar("T")
 ConfigT = TypeVar("ConfigT")
+
+
+def preset_value(default: str) -> str:
+    """Returns what `--help` adds for an option whose help names its default."""
+    return "" if default == "None" else f"(preset: {default})"
+
+
+# An option, or None for the default that its help names.
+OrDefault = Annotated[T | None, tyro.conf.arg(help_behavior_hint=preset_value)]
 
 
 class ArgumentError(ValueError):
@@ -50,17 +62,28 @@ def _cli(config_type: Any, args: Sequence[str], **options: Any) -> Any:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(config_type, args=args, **options)
+            return tyro.cli(config_type, args=args, config=(tyro.conf.DisallowNone,), **options)
     except SystemExit as exit_:
         if not exit_.code:
             raise
-    fail(_one_line(printed.getvalue()))
+    message = _one_line(printed.getvalue())
+    fail(message.rstrip(".") + "." + _meant(message, config_type))
 
 
 def fail(message: str) -> NoReturn:
     """Ends the program with status 2 and one line on standard error."""
     print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
+
+
+def _meant(message: str, config_type: Any) -> str:
+    """Returns a suggestion for a mistyped option or choice, if a name is close."""
+    if choice := re.search(r"invalid choice '(.+?)' .*Expected one of \((.*)\)", message):
+        return did_you_mean(choice[1], re.findall(r"'(.+?)'", choice[2]))
+    if option := re.search(r"Unrecognized options: (--[\w-]+)", message):
+        names = (field.name for field in dataclasses.fields(config_type))
+        return did_you_mean(option[1], (f"--{name.replace('_', '-')}" for name in names))
+    return ""
 
 
 def _one_line(box: str) -> str:

@@ -49,6 +49,12 @@ def new_folder(name: str, parent: Path = Path("runs")) -> Path:
     return path
 
 
+def as_typed(path: Path) -> Path:
+    """Returns the path as a user would type it: relative to the working directory if inside it."""
+    path, here = path.resolve(), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Holds a lock on an existing folder. The lock ends with this process at the latest.

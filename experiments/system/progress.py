@@ -21,8 +21,14 @@ class Bar:
 
 @contextlib.contextmanager
 def shown(total: int, unit: str, *, done: int = 0, silent: bool = False) -> Iterator[Bar]:
-    """Yields a bar of `total` units, of which `done` are finished."""
-    bar = tqdm.tqdm(total=total, initial=done, unit=unit, file=sys.stderr, disable=silent)
+    """Yields a bar of `total` units, of which `done` are finished.
+
+    There is none if standard error is no terminal, or if it is to be silent.
+    """
+    disable = True if silent else None
+    bar = tqdm.tqdm(
+        total=total, initial=done, unit=unit, unit_scale=True, file=sys.stderr, disable=disable
+    )
     try:
         yield Bar(bar)
     finally:

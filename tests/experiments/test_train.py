@@ -1,6 +1,7 @@
 """The training script, as its users run it."""
 
 import json
+import math
 import re
 import signal
 import time
@@ -28,16 +29,19 @@ def test_20_epochs_of_the_defaults_learn_the_digits(tmp_path, capsys, monkeypatc
     monkeypatch.chdir(tmp_path)
     status, out, err = run(capsys, "--devices", 1, "--epochs", 20)
     assert status == 0, err
-    match = re.search(r"test accuracy (\d+\.\d+) % on 360 examples", out.splitlines()[-1])
+    match = re.search(r"test accuracy (\d+\.\d+) % on 360 examples", out)
     assert match
     assert float(match[1]) >= 97.0
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("digits-bisam-log-")
     assert sorted(path.name for path in folder.iterdir()) == FILES
     assert len(re.findall(r"^epoch +\d+  loss .* validation .* examples/s", out, re.M)) == 20
-    assert re.search(r"780/780 .*step/s", err)
+    assert err == ""  # a bar is for terminals
     assert re.search(r"^compiled in \d+\.\d s", out, re.M)
-    assert re.search(r"\d\.\d\d GiB at most\)", out)
+    assert re.search(r"^took .* \d\.\d\d GiB at most", out, re.M)
+    run_folder = folder.relative_to(tmp_path)
+    assert out.splitlines()[-2].split() == ["curves", str(run_folder / "curves.png")]
+    assert out.splitlines()[-1].endswith(f"tensorboard --logdir {run_folder / 'tensorboard'}")
 
 
 @pytest.mark.slow
@@ -68,19 +72,26 @@ def test_options_reach_the_files_of_a_run(tmp_path, capsys):
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["status"], summary["steps"], summary["epochs"]) == ("finished", 8, 2)
     assert (summary["steps_per_epoch"], summary["devices"], summary["processes"]) == (4, 1, 1)
-    assert f"test accuracy {100 * summary['test_accuracy']:.2f} %" in out.splitlines()[-1]
+    assert f"test accuracy {100 * summary['test_accuracy']:.2f} %" in out
 
-    # The event files hold the same numbers.
-    (events,) = (folder / "tensorboard").iterdir()
+    # The event files hold the same numbers, and the hyperparameters.
     values = {
-        (value.tag, event.step): value.simple_value
+        (value.tag, event.step): value
+        for events in (folder / "tensorboard").iterdir()
         for event in read_events(events)
         for value in event.summary.value
     }
-    assert len(values) == len(rows) * 4
     for row in rows:
-        for name in ("loss", "validation_accuracy", "validation_loss"):
-            assert values[name, int(row["step"])] == pytest.approx(float(row[name]))
+        for name in ("loss", "validation_accuracy", "validation_loss", "learning_rate", "rho"):
+            written = values[name, int(row["step"])].simple_value
+            assert written == pytest.approx(float(row[name]))
+    assert values["test_accuracy", 0].simple_value == pytest.approx(summary["test_accuracy"])
+    start_info = values["_hparams_/session_start_info", 0].metadata.plugin_data.content
+    assert b"bisam-tanh" in start_info
+    # A cosine from 0.05 to 0 over 8 steps.
+    rates = [0.05 * (1 + math.cos(math.pi * step / 8)) / 2 for step in (3, 7)]
+    assert [float(row["learning_rate"]) for row in rows] == pytest.approx(rates, rel=1e-5)
+    assert [float(row["rho"]) for row in rows] == [0.05, 0.05]
 
 
 def read_events(path):
@@ -114,8 +125,12 @@ def test_a_preset_is_a_start_for_the_command_line(tmp_path, capsys):
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert (saved["method"], saved["rho"], saved["mu"]) == ("bisam-tanh", 0.2, 10.0)
     assert (saved["epochs"], saved["batch_size"], saved["cutout"]) == (1, 128, 0.5)
-    for text in ("method=bisam-tanh", "rho=0.2", "epochs=1", "cutout=0.5"):
-        assert f" {text} " in out
+    table = {line.split()[0]: line.split()[1:] for line in out.splitlines() if "--" in line}
+    assert table["--method"] == ["bisam-tanh", "bisam-log"]
+    assert table["--rho"] == ["0.2", "0.05"]
+    assert table["--epochs"] == ["1", "50"]
+    assert {"--cutout", "--preset", "--dataset", "--mu"} & set(table) == {"--cutout"}
+    assert f"all options: {tmp_path / 'run' / 'config.json'}" in out
 
 
 def test_help_shows_the_values_of_a_preset(capsys):
@@ -130,8 +145,17 @@ def test_help_shows_the_values_of_a_preset(capsys):
     ("args", "message"),
     [
         (["--method", "adam"], "invalid choice 'adam' for argument '--method'. Expected one of"),
+        (["--method", "bisan-log"], "Did you mean bisam-log?"),
+        (["--methd", "sam"], "Unrecognized options: --methd, sam. Did you mean --method?"),
+        (["--model", "resnt20"], "there is no model 'resnt20'"),
+        (["--dataset", "digitz"], "Did you mean digits?"),
+        (["--dataset", "./nowhere"], "there is no folder nowhere"),
+        (["--method", "sgd", "--rho", "0.1"], "--rho has no meaning for --method sgd"),
+        (["--method", "sam", "--mu", "2"], "--mu has no meaning for --method sam"),
+        (["--base", "adamw", "--momentum", "0"], "--momentum has no meaning for --method bisam"),
+        (["--method", "sgd", "--perturbation", "log"], "nothing is ascended"),
         (["--seed", "many"], "error: Error parsing --seed: invalid literal for int()"),
-        (["--epochs", "many"], "error: Error parsing --epochs: no type matching {None}|INT"),
+        (["--epochs", "many"], "error: Error parsing --epochs: no type matching INT"),
         (["--nonsense"], "error: Unrecognized options: --nonsense"),
         (["--rho", "nan"], "error: --rho must be finite, at least 0, got nan"),
         (["--learning-rate", "inf"], "error: --learning-rate must be finite, at least 0, got inf"),

@@ -168,8 +168,9 @@ def test_a_folder_in_use_is_left_to_its_process(tmp_path, capsys):
 def test_among_equal_epochs_the_last_is_tested():
     recipe = resolve(Config(seed=3))
     curve = np.asarray([[1.0, 0.5, 1.0], [0.9, 0.7, 1.0], [0.8, 0.7, 1.1], [0.7, 0.6, 1.2]])
-    result = grid_run._result(recipe, 4, curve, 0.6, 1.0, 1)
+    result = grid_run._result(recipe, 4, curve, (0.6, 0.5), 1.0, 1)
     assert (result.checkpoint_epoch, result.validation_accuracy) == (3, 0.7)
+    assert (result.test_accuracy, result.last_test_accuracy) == (0.6, 0.5)
     assert result.key == recipe.key
 
 
@@ -177,7 +178,7 @@ def test_among_equal_epochs_the_last_is_tested():
 def test_a_run_with_a_number_that_is_not_finite_diverged(column):
     curve = np.full((4, 3), 0.5)
     curve[2, column] = np.nan
-    result = grid_run._result(resolve(Config()), 4, curve, 0.6, 1.0, 1)
+    result = grid_run._result(resolve(Config()), 4, curve, (0.6, 0.5), 1.0, 1)
     assert (result.status, result.test_accuracy) == ("diverged", None)
 
 

@@ -30,9 +30,10 @@ def help_text():
 
 def test_every_hyperparameter_is_an_option_with_its_range_and_help(help_text):
     types = {field.name: field.type for field in dataclasses.fields(Config)}
+    assert "None" not in help_text
     for name, known in HYPERPARAMETERS.items():
         number = int if known.is_count else float
-        usage = f"{option_of(name)} {{None}}|{number.__name__.upper()} {methods.help_of(name)}"
+        usage = f"{option_of(name)} {number.__name__.upper()} {methods.help_of(name)}"
         assert usage in help_text
         assert typing.get_args(types[name])[0] == number | None
         for bound in (known.range.minimum - 1, known.range.maximum + 1, math.nan, 1e39):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,7 @@ from experiments.config import methods
 from experiments.config.config import Config
 from experiments.config.hyperparameters import HYPERPARAMETERS
 from experiments.config.methods import METHODS
-from experiments.config.recipe import Recipe, filled_in, resolve
+from experiments.config.recipe import Recipe, differences, filled_in, resolve
 from experiments.system.command_line import ArgumentError
 
 
@@ -23,7 +24,7 @@ def test_defaults_are_of_the_method_the_optimizer_and_the_data():
     assert recipe.hyperparameters == {"rho": 0.05, "mu": 3.0, "alpha": 0.1} | sgd
     assert (recipe.model, recipe.epochs, recipe.batch_size, recipe.flip) == ("mlp", 50, 32, False)
     assert (recipe.perturbation, recipe.group_size, recipe.microbatch_size) == ("tanh", 32, 32)
-    plain = resolved(method="sgd", rho=0.1, base="adamw", perturbation="log")
+    plain = resolved(method="sgd", base="adamw")
     assert plain.hyperparameters == {"learning_rate": 2e-3, "weight_decay": 1e-2}
     assert (plain.perturbation, plain.label) == ("ce", "sgd")
 
@@ -64,7 +65,7 @@ def test_defaults_are_the_librarys(name):
 
 
 def test_the_saved_options_are_those_of_the_recipe():
-    config = Config(method="sparse-fisher", update_every=5, mu=2.0, weight_decay=0.0, seed=3)
+    config = Config(method="sparse-fisher", update_every=5, weight_decay=0.0, seed=3)
     recipe = resolve(config)
     saved = filled_in(config, recipe)
     # mu has no meaning here.
@@ -73,6 +74,30 @@ def test_the_saved_options_are_those_of_the_recipe():
         if field.name != "hyperparameters":
             assert getattr(saved, field.name) == getattr(recipe, field.name)
     assert resolve(saved) == recipe
+
+
+def test_an_option_without_a_meaning_is_refused():
+    for values, message in (
+        ({"method": "sparse-fisher", "mu": 2.0}, "--mu has no meaning for --method sparse-fisher"),
+        ({"method": "sgd", "rho": 0.1}, "--rho has no meaning for --method sgd"),
+        ({"base": "adamw", "momentum": 0.5}, "--momentum has no meaning .* --base adamw, which"),
+        ({"method": "sgd", "perturbation": "tanh"}, "--perturbation tanh has no meaning"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            resolved(**values)
+
+
+def test_differences_are_told_from_the_defaults_of_method_and_data():
+    assert differences(Config(output=Path("here"))) == []
+    assert differences(Config(rho=0.05, epochs=50)) == []
+    told = differences(Config(dataset="cifar10", method="asam", rho=0.05, devices=2))
+    assert told == [
+        ("--dataset", "cifar10", "digits"),
+        ("--rho", "0.05", "0.5"),
+        ("--devices", "2", "-"),
+        ("--method", "asam", "bisam-log"),
+    ]
+    assert differences(Config(batch_size=64)) == [("--batch-size", "64", "32")]
 
 
 def test_the_key_of_a_recipe_tells_runs_of_a_task_apart():

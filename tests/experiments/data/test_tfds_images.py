@@ -154,7 +154,7 @@ def test_the_message_about_a_missing_data_set_says_how_to_prepare_it(name, tmp_p
     )
 
 
-@pytest.mark.parametrize("name", ["", "../tiny", "/tmp", "tiny/..", "tiny:1", "a b", "CIFAR10"])
+@pytest.mark.parametrize("name", ["", "tiny/..", "tiny:1", "a b", "CIFAR10"])
 def test_names_of_no_data_set(name, tmp_path):
     with pytest.raises(data.DatasetError, match="names no data set"):
         load(name, tmp_path)

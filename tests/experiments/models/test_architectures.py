@@ -2,6 +2,7 @@
 
 import functools
 import math
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -255,8 +256,73 @@ def test_images_of_another_shape(shape):
 
 
 def test_unknown_model():
-    with pytest.raises(ValueError, match=r"model must be one of mlp, cnn, .*; got 'lenet'"):
-        models.create("lenet", (8, 8, 1), 10, seed=0)
+    with pytest.raises(ValueError, match=r"no model 'resnt8': use mlp, .* Did you mean resnet8\?"):
+        models.create("resnt8", (8, 8, 1), 10, seed=0)
+
+
+SOURCE = """
+import jax.numpy as jnp
+from flax import nnx
+from experiments.models.layers import Dropout, head
+
+class Mine(nnx.Module):
+    def __init__(self, image_shape, classes, *, dtype, rngs):
+        self.norm = nnx.BatchNorm(image_shape[-1], rngs=rngs)
+        self.head = head(image_shape[-1], classes, rngs=rngs)
+    def __call__(self, images, *, train, keys):
+        x = self.norm(images, use_running_average=not train).mean((1, 2))
+        return self.head(Dropout(0.5, keys, active=train)(x))
+
+class Wide(Mine):
+    def __call__(self, images, **options):
+        return jnp.concatenate(2 * [super().__call__(images, **options)], -1)
+
+class Random(Mine):
+    def __init__(self, *args, rngs, **options):
+        super().__init__(*args, rngs=rngs, **options)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+number = 3
+"""
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    (tmp_path / "my_models.py").write_text(SOURCE)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    sys.modules.pop("my_models", None)
+
+
+@pytest.mark.usefixtures("mine")
+def test_a_model_from_elsewhere():
+    apply, params, stats = models.create("my_models:Mine", (8, 8, 3), 5, seed=0)
+    images, keys = jnp.ones((4, 8, 8, 3)), jax.random.split(jax.random.key(0), 4)
+    logits, changed = apply(params, stats, images, train=True, keys=keys)
+    assert logits.shape == (4, 5)
+    assert jax.tree.leaves(jax.tree.map(jnp.array_equal, stats, changed)) != [True, True]
+    assert models.architecture("my_models:Mine").convolutional  # the safe assumption on CPU
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("their_models:Net", "cannot be imported: No module named 'their_models'. Run the command"),
+        ("my_models:Nine", "cannot be imported: module 'my_models' has no attribute 'Nine'"),
+        ("my_models:number", "must be a function or a class, got 3"),
+        ("my_models:Wide", r"must return logits of the shape \(1, 5\); got \(1, 10\)"),
+        ("my_models:Random", "for dropout, use experiments.models.layers.Dropout"),
+        (":Mine", "there is no model ':Mine': use mlp"),
+    ],
+)
+def test_models_from_elsewhere_that_cannot_be_used(name, message):
+    def used():
+        apply, params, stats = models.create(name, (8, 8, 3), 5, seed=0)
+        apply(params, stats, jnp.ones((1, 8, 8, 3)), train=False)
+
+    with pytest.raises(ValueError, match=message):
+        used()
 
 
 @pytest.mark.slow

@@ -38,9 +38,9 @@ def test_arrays_of_other_values_are_not_restored(tmp_path):
 
 @pytest.mark.usefixtures("quick_compilation", "small_mlp")
 def test_a_run_keeps_and_tests_the_last_of_the_best_epochs(tmp_path, monkeypatch):
-    """It evaluates each epoch, then the test part with the parameters of the best one."""
+    """It evaluates each epoch, then the test part with the last and the best parameters."""
     made = training.experiment_from
-    accuracies, tested = iter([0.3, 0.5, 0.5, 0.4, 0.9]), []
+    accuracies, tested = iter([0.3, 0.5, 0.5, 0.4, 0.8, 0.9]), []
 
     def evaluate(params, stats, feed):
         tested.append((feed.examples, np.asarray(params["head"]["bias"])))
@@ -57,8 +57,10 @@ def test_a_run_keeps_and_tests_the_last_of_the_best_epochs(tmp_path, monkeypatch
     assert saved_steps(tmp_path / "run") == [15, 16, 20]
     assert (summary["checkpoint_epoch"], summary["validation_accuracy"]) == (3, 0.5)
     assert (summary["test_accuracy"], summary["test_examples"]) == (0.9, 360)
-    assert [examples for examples, _ in tested] == [180] * 4 + [360]
+    assert summary["last_test_accuracy"] == 0.8
+    assert [examples for examples, _ in tested] == [180] * 4 + [360] * 2
     np.testing.assert_array_equal(tested[-1][1], tested[2][1])
+    np.testing.assert_array_equal(tested[-2][1], tested[3][1])
     assert [row["step"] for row in rows_of(tmp_path / "run")] == ["5", "10", "15", "20"]
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from experiments.run import curves
 from experiments.run.folder import COLUMNS, RunFolder
 from experiments.system import files
 
@@ -36,7 +37,7 @@ def test_other_processes_write_nothing(tmp_path):
     folder.start_metrics([])
     folder.append_metrics(dict.fromkeys(COLUMNS, 1))
     folder.write_json("summary.json", {})
-    folder.draw_curves()
+    curves.draw(folder, "title", 1)
     folder.close()
     assert len(folder.metrics) == 1
     assert not list(tmp_path.iterdir())

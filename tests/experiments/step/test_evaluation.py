@@ -22,7 +22,7 @@ def apply(params, stats, images, *, train):
 def evaluated(logits, labels, layout, batch_size=5, normalise=lambda images: images):
     images = np.asarray(logits, np.float32)[:, None, None, :]
     feed = InMemory(data.Split(images, np.asarray(labels, np.int32)), layout, 1)
-    sums = evaluation.make_sums(apply, normalise)
+    sums = evaluation.make_sums(evaluation.make_predict(apply, normalise))
     return evaluation.make_evaluate(sums, batch_size, layout)({}, {}, feed)
 
 
