@@ -1,4 +1,4 @@
-"""Rewrites the marked tables of README.md and docs/comparing.md from results/.
+"""Rewrites the marked tables in docs/, and the plot of wrong labels, from results/.
 
 python -m experiments.result_tables
 """
@@ -23,7 +23,7 @@ def main(args: Sequence[str] | None = None) -> None:
     command_line.parse(ResultTablesOptions, __doc__ or "", args)
     for path, text in updated(ROOT).items():
         files.write_text(path, text)
-        print(f"wrote the tables of {path.relative_to(ROOT)}")
+        print(f"wrote {path.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""The tables in README.md and docs/comparing.md, made from results/."""
+"""The tables and the plot in docs/, made from results/."""
 
 import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.comparison import results
+from experiments.comparison import plots, results
 from experiments.comparison.results import Comparison
-from experiments.comparison.significance import Difference
+from experiments.comparison.significance import Difference, Estimate
 from experiments.comparison.table import Row, row_name, rows_of
 from experiments.comparison.words import labels_in_words, setting_in_words, task_in_words
 from experiments.config.methods import PLAIN
 
 RESULTS = Path("results")
+_SHOWN = (PLAIN, "sam", "bisam-log", "bisam-tanh")
 _MARKED = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.S)
 
 
@@ -53,15 +54,30 @@ def validation_accuracies(comparisons: Sequence[Comparison]) -> str:
     return "\n\n".join(tables) + "\n"
 
 
+def wrong_labels(comparisons: Sequence[Comparison]) -> str:
+    """Draws the test accuracies of the setting with the most shares of wrong labels, as SVG."""
+    in_order = sorted(comparisons, key=_name_of)
+    groups = [list(group) for _, group in itertools.groupby(in_order, _name_of)]
+    lines: dict[str, dict[float, Estimate]] = {}
+    for comparison in max(groups, key=len):
+        rows = rows_of(comparison)
+        for row in rows:
+            if row.test and row.method in _SHOWN:
+                line = lines.setdefault(row_name(row, rows), {})
+                line[comparison.task["label_noise"]] = row.test
+    return plots.over_label_noise(lines)
+
+
 def updated(root: Path) -> dict[Path, str]:
-    """Returns the new text of each file that has tables."""
+    """Returns the new text of each file that has tables, and the plot."""
     comparisons = there(root)
-    return {
+    drawn = {root / "docs" / "wrong-labels.svg": wrong_labels(comparisons)}
+    return drawn | {
         root / name: _MARKED.sub(
             lambda marked, text=text: marked[1] + text + marked[2], (root / name).read_text()
         )
         for name, text in (
-            ("README.md", test_accuracies(comparisons)),
+            ("docs/results.md", test_accuracies(comparisons)),
             ("docs/comparing.md", validation_accuracies(comparisons)),
         )
     }

@@ -52,6 +52,33 @@ def accuracies(rows: Mapping[str, Row]) -> str:
         return _svg(figure)
 
 
+def over_label_noise(lines: Mapping[str, Mapping[float, Estimate]]) -> str:
+    """Draws test accuracy against the share of wrong labels, as SVG.
+
+    Args:
+        lines: by name, estimates by share of wrong labels.
+    """
+    with matplotlib.rc_context(_SETTINGS):
+        figure = matplotlib.figure.Figure(figsize=_SIZE, layout="constrained")
+        axes = figure.subplots()
+        for place, (name, (colour, marker, dash)) in enumerate(_styles(lines).items()):
+            points = [_percent(value) for value in lines[name].values()]
+            axes.errorbar(
+                # Moved a little aside, so that intervals do not hide each other.
+                [100 * share + 0.5 * (place - len(lines) / 2) for share in lines[name]],
+                [mean for mean, _ in points],
+                yerr=np.concatenate([error for _, error in points], axis=1),
+                label=name,
+                color=colour,
+                marker=marker,
+                linestyle=dash,
+                capsize=3,
+            )
+        axes.set(xlabel="wrong training labels (%)", ylabel="test accuracy (%)")
+        axes.legend(fontsize=9)
+        return _svg(figure)
+
+
 def _bars(axes: Any, known: Mapping[str, Row], styles: Mapping[str, Any]) -> None:
     """Draws a bar for each row, the best on top. A line across it is the last epoch."""
     ends = [100 * end for row in known.values() if row.test for end in _ends(row)]
@@ -83,7 +110,7 @@ def _percent(value: Estimate | None) -> tuple[float, Any]:
     """Returns the mean and the two lengths of its 95 % interval, in %; 0 where there is none."""
     assert value
     lengths = np.nan_to_num([[value.mean - value.low], [value.high - value.mean]])
-    return 100 * value.mean, 100 * lengths
+    return 100 * value.mean, (100 * lengths).tolist()
 
 
 def against(

@@ -36,6 +36,10 @@ def _shard_mapped(step: Step, layout: Layout) -> Step:
 
 
 def _pmapped(step: Step, layout: Layout) -> Step:
+    if jax.__version_info__ < (0, 8):
+        # As in later versions. Without it, jit of pmap gathers all arrays on one device.
+        jax.config.update("jax_pmap_shmap_merge", True)
+
     def parted(x: jax.Array) -> jax.Array:
         return x.reshape(layout.parts, -1, *x.shape[1:])
 

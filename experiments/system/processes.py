@@ -6,6 +6,7 @@ their parts of a checkpoint, so the folder must be on a shared file system.
 
 import contextlib
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -60,14 +61,15 @@ def join(
             "--coordinator-address, --num-processes and --process-id belong together: give all "
             "three, or none where JAX finds them (on TPUs and under Slurm)"
         )
+    # JAX 0.7 knows only the first one.
+    taken = inspect.signature(jax.distributed.initialize).parameters
+    timeouts: dict[str, Any] = {
+        name: heartbeat_timeout
+        for name in ("heartbeat_timeout_seconds", "shutdown_timeout_seconds")
+        if name in taken
+    }
     try:
-        jax.distributed.initialize(
-            coordinator_address,
-            num_processes,
-            process_id,
-            heartbeat_timeout_seconds=heartbeat_timeout,
-            shutdown_timeout_seconds=heartbeat_timeout,
-        )
+        jax.distributed.initialize(coordinator_address, num_processes, process_id, **timeouts)
     except (RuntimeError, ValueError) as error:
         raise ArgumentError(f"--distributed: {str(error).splitlines()[0]}") from error
 

@@ -1,4 +1,4 @@
-"""The command that rewrites the tables of README.md and docs/comparing.md."""
+"""The command that rewrites the tables and the plot in docs/."""
 
 from pathlib import Path
 
@@ -14,10 +14,12 @@ ROOT = Path(__file__).parents[2]
 def test_tables_show_the_results_that_are_there():
     updated = documents.updated(ROOT)
     assert [path.relative_to(ROOT).as_posix() for path in updated] == [
-        "README.md",
+        "docs/wrong-labels.svg",
+        "docs/results.md",
         "docs/comparing.md",
     ]
-    for path, text in updated.items():
+    # Another version of matplotlib draws other paths.
+    for path, text in list(updated.items())[1:]:
         assert path.read_text() == text
         assert text.count("| --- |") > 1
 

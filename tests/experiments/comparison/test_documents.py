@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/comparing.md, from made-up results."""
+"""The tables and the plot in docs/, from made-up results."""
 
 import dataclasses
 
@@ -51,15 +51,32 @@ def test_only_what_is_marked_is_rewritten(tmp_path):
         known = comparison_of(SGD, SAM, task=TASK | {"label_noise": noise}, command=name)
         results.write_merged(folder, [known])
     (tmp_path / "docs").mkdir()
-    paths = [tmp_path / "README.md", tmp_path / "docs" / "comparing.md"]
+    paths = [tmp_path / "docs" / name for name in ("results.md", "comparing.md")]
     for path in paths:
         path.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
     updated = documents.updated(tmp_path)
-    assert list(updated) == paths
-    for text in updated.values():
+    plot, *rest = updated
+    assert plot == tmp_path / "docs" / "wrong-labels.svg"
+    assert rest == paths
+    for text in map(updated.get, paths):
         assert text.startswith("before\n<!-- results -->\n")
         assert text.endswith("<!-- end of results -->\nafter\n")
         assert "old" not in text
-    readme = updated[paths[0]]
-    assert "| method | epochs | 20 % wrong labels | 40 % wrong labels |" in readme
-    assert "```sh\nless\nmore\n```" in readme
+    tables = updated[paths[0]]
+    assert "| method | epochs | 20 % wrong labels | 40 % wrong labels |" in tables
+    assert "```sh\nless\nmore\n```" in tables
+
+
+def test_the_plot_has_the_accuracies_at_every_share(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(
+        documents.plots, "over_label_noise", lambda lines: drawn.update(lines) or ""
+    )
+    other = comparison_of(SGD, task=TASK | {"batch_size": 64})
+    shares = [comparison_of(SGD, SAM, task=TASK | {"label_noise": noise}) for noise in (0.2, 0.4)]
+    documents.wrong_labels([comparison_of(SAM, eight("gsam", 0.9, rho=0.1)), other, *shares])
+    assert {name: list(line) for name, line in drawn.items()} == {
+        "sam": [0.0, 0.2, 0.4],
+        "sgd": [0.2, 0.4],
+    }
+    assert drawn["sam"][0.4].mean == sum(r.test_accuracy for r in SAM) / 8
