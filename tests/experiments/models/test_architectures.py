@@ -2,7 +2,9 @@
 
 import functools
 import math
+import re
 import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -302,6 +304,16 @@ def test_a_model_from_elsewhere():
     assert logits.shape == (4, 5)
     assert jax.tree.leaves(jax.tree.map(jnp.array_equal, stats, changed)) != [True, True]
     assert models.architecture("my_models:Mine").convolutional  # the safe assumption on CPU
+
+
+def test_the_model_of_the_documentation(tmp_path, monkeypatch):
+    text = (Path(models.__file__).parents[2] / "docs" / "training.md").read_text()
+    (code,) = re.findall(r"^```python\n(from flax.*?)^```$", text, re.M | re.S)
+    (tmp_path / "documented.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    apply, params, stats = models.create("documented:TwoLayers", (8, 8, 1), 10, seed=0)
+    logits, _ = apply(params, stats, jnp.ones((4, 8, 8, 1)), train=True)
+    assert logits.shape == (4, 10)
 
 
 @pytest.mark.usefixtures("mine")
