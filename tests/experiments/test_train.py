@@ -235,9 +235,11 @@ def test_a_signal_saves_even_if_nobody_reads_the_output(is_read, tmp_path):
     try:
         if is_read:
             process.send_signal(signal.SIGINT)
-            _, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=60)
             assert process.returncode == 130
             assert "Traceback" not in err
+            assert re.search(r"^test accuracy .* the best validation accuracy so far$", out, re.M)
+            assert out.splitlines()[-1].split()[-2:] == ["--resume", str(folder)]
         else:
             process.stdout.close()
             process.stderr.close()

@@ -102,7 +102,7 @@ def test_a_termination_of_one_process_saves_in_all(single, tmp_path):
     when_saved(folder, processes, 100)
     processes[1].send_signal(signal.SIGTERM)
     (out, _), _ = ends(processes)
-    assert "saved at step" in out
+    assert "interrupted and saved after step" in out
     # It resumes with another number of processes and of devices.
     ends(
         [

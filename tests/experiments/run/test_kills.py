@@ -42,7 +42,7 @@ def test_a_killed_run_ends_as_one_that_was_never_killed(tmp_path):
     out = stop(process, stopped, signal.SIGTERM, lambda: len(saved_steps(stopped)) >= 2)
     assert process.returncode == 0
     last = saved_steps(stopped)[-1]
-    assert f"saved at step {last}" in out
+    assert f"interrupted and saved after step {last}. To resume:" in out
     assert 0 < last < STEPS
 
     # It is killed within an epoch and within a save.
