@@ -348,7 +348,7 @@ def test_checkpoints(tmp_path, monkeypatch):
     from experiments import train
 
     monkeypatch.chdir(tmp_path)
-    train.main(["--epochs", "2", "--output", "runs/RUN"])
+    train.main(["--epochs", "2", "--devices", "1", "--output", "runs/RUN"])
     names = names_of("checkpoints")
     assert names["logits"].shape == (10, 10)
     labels = names["dataset"].test.labels[:10]

@@ -47,7 +47,8 @@ def test_20_epochs_of_the_defaults_learn_the_digits(tmp_path, capsys, monkeypatc
 @pytest.mark.slow
 def test_second_gradient_beats_label_noise(tmp_path):
     args = ["--methods", "sgd", "bisam-log", "--rho", "1", "--label-noise", "0.4"]
-    args += ["--seeds", "3", "--no-equal-gradients", "--output", str(tmp_path / "new")]
+    args += ["--seeds", "3", "--epochs", "25", "--no-equal-gradients"]
+    args += ["--output", str(tmp_path / "new")]
     compare.main(args)
     rows = {row["method"]: row for row in files.read_csv(tmp_path / "new" / "summary.csv")}
     assert float(rows["bisam-log"]["same_epochs_difference"]) > 0.05
