@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from bisam_jax._checks import check_same_structure, check_scalar
-from bisam_jax._trees import scale_to_norm
+from bisam_jax._trees import is_floating, scale_to_norm
 
 
 class ScheduledRadiusState(NamedTuple):
@@ -136,6 +136,52 @@ def adaptive_l2_ball(
         sizes = _sizes(params, gradient, eta, where)
         scaled = jax.tree.map(lambda size, g: size * g, sizes, gradient)
         return jax.tree.map(lambda size, u: size * u, sizes, scale_to_norm(scaled, radius))
+
+    return _ball(rho, worst_point)
+
+
+def linf_ball(rho: optax.ScalarOrSchedule) -> optax.GradientTransformationExtraArgs:
+    r"""Perturbation to the worst point of a cube, to first order.
+
+    With :math:`g` the incoming gradient and :math:`\rho` (``rho``), returns :math:`\epsilon =
+    \rho\, \operatorname{sign}(g)`: every parameter moves by the radius, or not at all where the
+    gradient is zero.
+
+    Args:
+        rho: half the edge of the cube, in the units of the parameters: a scalar, possibly traced,
+            or a schedule, called with the number of perturbations made so far.
+
+    Returns:
+        A transformation whose updates are the perturbation, in the gradient's dtypes.
+
+    Raises:
+        TypeError: if ``rho`` is neither a real number nor a callable.
+        ValueError: if a concrete ``rho`` is not a finite scalar >= 0.
+
+    Examples:
+        >>> import jax.numpy as jnp
+        >>> jnp.set_printoptions(precision=4, suppress=True)
+        >>> ball = linf_ball(rho=0.5)
+        >>> eps, _ = ball.update({"w": jnp.array([3.0, -4.0, 0.0])}, ball.init(None))
+        >>> print(eps["w"])
+        [ 0.5 -0.5  0. ]
+
+    References:
+        Foret et al., `Sharpness-Aware Minimization for Efficiently Improving Generalization
+        <https://arxiv.org/abs/2010.01412>`_, 2021, for p-norms in general
+
+    .. note:: Computes no gradients; state: one counter for a schedule, otherwise none. Leaves that
+        are not floating do not move. NaN stays NaN.
+    """
+
+    def worst_point(gradient: optax.Updates, radius: Any, params: Any) -> optax.Updates:
+        del params
+        return jax.tree.map(
+            lambda g: (
+                jnp.asarray(radius, g.dtype) * jnp.sign(g) if is_floating(g) else jnp.zeros_like(g)
+            ),
+            gradient,
+        )
 
     return _ball(rho, worst_point)
 

@@ -12,16 +12,13 @@ resume a stopped comparison, run the same command with the same --output.
 writes one report of finished comparisons and of runs of experiments.train.
 """
 
-import contextlib
 import dataclasses
-import os
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import tyro
 
 from experiments.comparison.comparing import compare, report_again
@@ -73,7 +70,7 @@ class CompareOptions(Grid):
 
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
-    _make_cores_devices()
+    machine.make_cores_devices()
     given = sys.argv[1:] if args is None else args
     options = command_line.parse(CompareOptions, __doc__ or "", given)
     name = "comparison" if options.from_ else f"{options.dataset.replace('/', '-')}-comparison"
@@ -96,17 +93,6 @@ def main(args: Sequence[str] | None = None) -> None:
         print(message, file=sys.stderr)
         raise SystemExit(130) from None
     print(f"wrote {folder / 'report.md'} and {folder / 'report.html'}")
-
-
-def _make_cores_devices() -> None:
-    """Makes every CPU core a device, which trains its own replicas.
-
-    XLA runs a batched matrix product on only one core.
-    """
-    given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if not given and getattr(jax.config, "jax_num_cpu_devices", -1) < 1:
-        with contextlib.suppress(RuntimeError):  # JAX has started already
-            jax.config.update("jax_num_cpu_devices", machine.cores())
 
 
 if __name__ == "__main__":

@@ -72,12 +72,21 @@ def test_guide():
     assert optax.tree.norm(optax.tree.sub(names["own"], names["shared"])) > 1e-4
 
 
+def test_measuring():
+    names = {}
+    exec(code_of("docs/measuring.md"), names)
+    assert names["worst"] >= names["rise"] > 0
+    assert names["average"].mean < names["worst"]
+    assert names["top"].residuals[0] < 1e-3 * names["top"].values[0]
+    assert names["gauss_newton"].mean > 0
+
+
 def test_every_public_name_has_a_docstring():
     for name in dir(bisam_jax):
         member = getattr(bisam_jax, name)
         if not name.startswith("_") and callable(member):
             assert member.__doc__, name
-            if not name.endswith("State"):
+            if not (isinstance(member, type) and issubclass(member, tuple)):
                 assert "Args:" in member.__doc__, name
 
 

@@ -52,6 +52,39 @@ def accuracies(rows: Mapping[str, Row]) -> str:
         return _svg(figure)
 
 
+def strengths(rises: Mapping[int, Mapping[str, Mapping[float, Estimate]]]) -> str:
+    """Draws the rise of the error against the radius, one plot per epoch, as SVG.
+
+    Args:
+        rises: by epoch, name of the ascended loss and radius.
+    """
+    with matplotlib.rc_context(_SETTINGS):
+        columns = min(3, len(rises))
+        rows = -(-len(rises) // columns)
+        figure = matplotlib.figure.Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes in grid.ravel()[len(rises) :]:
+            axes.set_axis_off()
+        for axes, (epoch, lines) in zip(grid.ravel(), rises.items(), strict=False):
+            for name, (colour, marker, dash) in _styles(lines).items():
+                points = [_percent(value) for value in lines[name].values()]
+                axes.errorbar(
+                    list(lines[name]),
+                    [mean for mean, _ in points],
+                    yerr=np.concatenate([error for _, error in points], axis=1),
+                    label=name,
+                    color=colour,
+                    marker=marker,
+                    linestyle=dash,
+                    markersize=4,
+                    capsize=2,
+                )
+            axes.set(xscale="log", xlabel="rho", title=f"epoch {epoch}")
+            axes.set_ylabel("rise of the error (points)")
+        grid[0, 0].legend(fontsize=7)
+        return _svg(figure)
+
+
 def over_label_noise(lines: Mapping[str, Mapping[float, Estimate]]) -> str:
     """Draws test accuracy against the share of wrong labels, as SVG.
 

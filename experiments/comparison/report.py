@@ -49,7 +49,7 @@ def write_report(folder: Path, sections: Sequence[Section]) -> None:
     for name, image in images.items():
         files.write_text(folder / name, image)
     files.write_text(folder / "report.md", text)
-    files.write_text(folder / "report.html", _page(text, images))
+    files.write_text(folder / "report.html", html_page(text, images))
     _write_summary(folder / "summary.csv", sections)
 
 
@@ -256,7 +256,7 @@ def _write_summary(path: Path, sections: Sequence[Section]) -> None:
     files.write_csv(path, _SUMMARY, lines)
 
 
-def _page(text: str, images: Mapping[str, str]) -> str:
+def html_page(text: str, images: Mapping[str, str]) -> str:
     """Returns Markdown as an HTML page with its images inside. `images` are SVG by file name."""
     body = MarkdownIt("commonmark").enable("table").render(text)
     for name, image in images.items():

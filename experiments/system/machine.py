@@ -74,3 +74,14 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def make_cores_devices() -> None:
+    """Makes every CPU core a device, which trains its own replicas.
+
+    XLA runs a batched matrix product on only one core.
+    """
+    given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if not given and getattr(jax.config, "jax_num_cpu_devices", -1) < 1:
+        with contextlib.suppress(RuntimeError):  # JAX has started already
+            jax.config.update("jax_num_cpu_devices", cores())

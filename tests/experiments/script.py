@@ -23,7 +23,9 @@ def call(main, capsys, *args):
 
 def start(*args, cwd, devices=1, quick=False):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    environment.pop("XLA_FLAGS", None)
+    # As in this process, but with devices of its own.
+    flags = environment.get("XLA_FLAGS", "").split()
+    environment["XLA_FLAGS"] = " ".join(flag for flag in flags if "device_count" not in flag)
     environment["JAX_NUM_CPU_DEVICES"] = str(devices)
     environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(quick)
     return subprocess.Popen(

@@ -9,7 +9,18 @@ import experiments
 
 ROOT = Path(experiments.__file__).parent
 # From top to bottom, as the docstring of the package lists them; "" are the commands.
-ROOMS = ["", "benchmarks", "comparison", "run", "step", "config", "models", "data", "system"]
+ROOMS = [
+    "",
+    "benchmarks",
+    "measures",
+    "comparison",
+    "run",
+    "step",
+    "config",
+    "models",
+    "data",
+    "system",
+]
 SOURCES = {path.relative_to(ROOT): path.read_text() for path in ROOT.rglob("*.py")}
 
 

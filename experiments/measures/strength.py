@@ -1,0 +1,124 @@
+"""How strong a perturbation is: what it does to the loss and to the error of a batch."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+import bisam_jax
+from experiments import models
+from experiments.run.experiment import Experiment
+from experiments.step.train_step import cross_entropy
+
+PerExample = Callable[[jax.Array, jax.Array], jax.Array]
+TRAINING_LOSS = "ce"
+
+
+class Strength(NamedTuple):
+    """The means over some batches of the training part.
+
+    Attributes:
+        loss_rise: float32[losses, radii], rise of the training loss at the perturbed parameters.
+        error_rise: float32[losses, radii], rise of the share of wrong predictions.
+        cosine: float32[losses], cosine between the gradients of the ascended loss and of the
+            training loss.
+    """
+
+    loss_rise: jax.Array
+    error_rise: jax.Array
+    cosine: jax.Array
+
+
+def ascended_losses(
+    label_smoothing: float, mus: tuple[float, ...], alphas: tuple[float, ...]
+) -> dict[str, PerExample]:
+    """Returns the losses to ascend by name; the training loss is the first.
+
+    Args:
+        label_smoothing: of the training loss.
+        mus: sharpness of the maximum, for both of BiSAM's losses.
+        alphas: slopes of the tanh bound.
+    """
+    losses: dict[str, PerExample] = {TRAINING_LOSS: cross_entropy(label_smoothing)}
+    for mu in mus:
+        losses[f"log, mu {mu:g}"] = functools.partial(bisam_jax.perturbation_loss, mu=mu)
+    for alpha in alphas:
+        bound = functools.partial(bisam_jax.tanh_lower_bound, alpha=alpha)
+        for mu in mus:
+            losses[f"tanh, alpha {alpha:g}, mu {mu:g}"] = functools.partial(
+                bisam_jax.perturbation_loss, lower_bound=bound, mu=mu
+            )
+    return losses
+
+
+def make_strength(
+    experiment: Experiment, losses: Mapping[str, PerExample], batches: int
+) -> Callable[[Any, Any, jax.Array, jax.Array, jax.Array], Strength]:
+    """Returns `strength(params, stats, images, labels, radii)`.
+
+    Each batch is perturbed by itself, as in a training step: batch statistics are those of the
+    batch, and every loss is ascended by one step in an l2 ball.
+
+    Args:
+        experiment: the model and the batch size.
+        losses: see :func:`ascended_losses`.
+        batches: number of batches; the images are the first ones of the training part.
+    """
+    recipe, dataset = experiment.recipe, experiment.dataset
+    size = recipe.batch_size
+    _, apply = models.build(
+        recipe.model, dataset.image_shape, dataset.classes, dtype=jnp.dtype(recipe.precision)
+    )
+
+    def strength(
+        params: Any, stats: Any, images: jax.Array, labels: jax.Array, radii: jax.Array
+    ) -> Strength:
+        def logits_of(at: Any, batch: Any) -> jax.Array:
+            pixels = (batch[0].astype(jnp.float32) - dataset.mean) / dataset.std
+            keys = jax.random.split(jax.random.key(0), len(batch[1]))
+            return apply(at, stats, pixels, train=True, keys=keys)[0]
+
+        def of_logits(loss: PerExample) -> Callable[[Any, Any], jax.Array]:
+            return lambda at, batch: loss(logits_of(at, batch), batch[1])
+
+        descended = of_logits(losses[TRAINING_LOSS])
+
+        def of_batch(batch: Any) -> Strength:
+            def error(at: Any) -> jax.Array:
+                return (logits_of(at, batch).argmax(-1) != batch[1]).mean()
+
+            def gradient(loss: Callable) -> Any:
+                return jax.grad(lambda at: loss(at, batch).mean())(params)
+
+            plain, clean = gradient(descended), error(params)
+
+            def of_loss(ascended: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
+                def at_radius(rho: jax.Array) -> tuple[jax.Array, jax.Array]:
+                    rise, point = bisam_jax.sharpness(
+                        descended,
+                        params,
+                        batch,
+                        bisam_jax.l2_ball(rho),
+                        perturbation_loss_fn=ascended,
+                    )
+                    return rise, error(point) - clean
+
+                ours = gradient(ascended)
+                product = optax.tree.vdot(plain, ours)
+                norms = optax.tree.norm(plain) * optax.tree.norm(ours)
+                cosine = jnp.asarray(product / jnp.where(norms > 0, norms, 1.0))
+                return *jax.vmap(at_radius)(radii), cosine
+
+            measured = [of_loss(of_logits(loss)) for loss in losses.values()]
+            return Strength(*map(jnp.stack, zip(*measured, strict=True)))
+
+        def parts(x: jax.Array) -> jax.Array:
+            return x[: batches * size].reshape(batches, size, *x.shape[1:])
+
+        per_batch = jax.lax.map(of_batch, (parts(images), parts(labels)))
+        return jax.tree.map(lambda x: x.mean(0), per_batch)
+
+    return strength
