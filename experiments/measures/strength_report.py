@@ -66,26 +66,45 @@ def _sign(value: Estimate) -> int:
     return int(value.low > 0) - int(value.high < 0)
 
 
+def by_radius(measured: Sequence[Measured]) -> dict[tuple[str, float], Estimate]:
+    """Returns the differences of :func:`differences_of` by ascended loss and radius.
+
+    Each seed counts once, with its mean over methods and epochs.
+    """
+    values = {(m.method, m.epoch, m.ascended, m.rho, m.seed): m.error_rise for m in measured}
+    of_seed: dict[tuple[str, float, int], list[float]] = {}
+    for (method, epoch, ascended, rho, seed), value in values.items():
+        base = values.get((method, epoch, TRAINING_LOSS, rho, seed))
+        if ascended != TRAINING_LOSS and base is not None:
+            of_seed.setdefault((ascended, rho, seed), []).append(value - base)
+    means: dict[tuple[str, float], list[float | None]] = {}
+    for (ascended, rho, _), known in of_seed.items():
+        means.setdefault((ascended, rho), []).append(sum(known) / len(known))
+    return {key: estimate(known) for key, known in means.items()}
+
+
 def _in_short(measured: Sequence[Measured]) -> str:
-    """Counts, for each loss, where it is stronger and where it is weaker."""
-    known = differences_of(measured)
-    lines = []
-    for ascended in dict.fromkeys(key[2] for key in known):
-        signs = [_sign(value) for key, value in known.items() if key[2] == ascended]
-        mean = sum(v.mean for key, v in known.items() if key[2] == ascended) / len(signs)
-        lines.append(
-            f"* **{ascended}**: stronger in {signs.count(1)}, weaker in {signs.count(-1)} of "
-            f"{len(signs)} cases (method, epoch and radius); {100 * mean:+.2f} points of error on "
-            "average."
-        )
-    return "\n".join(
-        [
-            "Does the error of a batch rise more if this loss is ascended instead of the training "
-            "loss, at the same radius? (95 % intervals over seeds, not corrected.)",
-            "",
-            *lines,
-        ]
-    )
+    """Answers for each loss and radius, over all methods and epochs."""
+    known = by_radius(measured)
+    radii = sorted({rho for _, rho in known})
+    lines = [
+        "Does the error of a batch rise more if this loss is ascended instead of the training "
+        "loss, at the same radius? By how many points, over all methods and epochs below:",
+        "",
+        f"| ascended | {' | '.join(f'rho {rho:g}' for rho in radii)} |",
+        f"| --- |{' ---: |' * len(radii)}",
+    ]
+    for ascended in dict.fromkeys(name for name, _ in known):
+        cells = (_cell(known[ascended, rho]) for rho in radii)
+        lines.append(f"| {ascended} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(value: Estimate) -> str:
+    """Returns a difference in points with the half width of its interval."""
+    mark = {1: "**", 0: "", -1: "*"}[_sign(value)]
+    half = f" ± {100 * (value.high - value.mean):.2f}" if value.count > 1 else ""
+    return f"{mark}{100 * value.mean:+.2f}{half}{mark}"
 
 
 def _epochs(rows: Sequence[Measured]) -> list[int]:
@@ -124,10 +143,7 @@ def _table(rows: Sequence[Measured], epoch: int) -> str:
             if name == TRAINING_LOSS:
                 cells.append(f"{100 * line[rho].mean:+.2f}")
                 continue
-            value = differences[here[0].method, epoch, name, rho]
-            bold = {1: "**", 0: "", -1: "*"}[_sign(value)]
-            half = f" ± {100 * (value.high - value.mean):.2f}" if value.count > 1 else ""
-            cells.append(f"{bold}{100 * value.mean:+.2f}{half}{bold}")
+            cells.append(_cell(differences[here[0].method, epoch, name, rho]))
         lines.append(f"| {name} | {estimate(cosines[name]).mean:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

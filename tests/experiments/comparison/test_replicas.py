@@ -97,7 +97,7 @@ def check(runs, curves, tests):
 
 
 # Each has a state, a key or a decision of its own, which replicas must not share.
-OWN = ["sparse-fisher", "sparse-dynamic", "efficient", "tilted", "sampa", "friendly", "look"]
+OWN = ["sparse-dynamic", "efficient", "tilted", "sampa", "friendly", "look"]
 
 
 @pytest.mark.slow

@@ -1,9 +1,12 @@
 """The command that measures strength along a training, and its report."""
 
+import dataclasses
+import re
+
 import pytest
 
 from experiments import strength
-from experiments.measures.strength_report import differences_of, write_strength_report
+from experiments.measures.strength_report import by_radius, differences_of, write_strength_report
 from experiments.measures.strength_run import Measured
 from experiments.system import files
 from tests.experiments.comparison.made_up import TASK
@@ -34,14 +37,21 @@ def test_differences_are_paired_by_seed():
     assert value.low > 0 > known["sgd", 1, "steep", 0.1].high
 
 
+def test_each_seed_counts_once_by_radius():
+    other = [dataclasses.replace(m, epoch=2, error_rise=m.error_rise + 0.1) for m in BASE]
+    later = [dataclasses.replace(m, epoch=2, error_rise=m.error_rise + 0.2) for m in STRONGER]
+    value = by_radius([*BASE, *STRONGER, *other, *later])["log", 0.1]
+    assert value.count == 4
+    assert value.mean == pytest.approx((0.025 + 0.125) / 2)
+
+
 def test_the_report(tmp_path):
     about = {"command": "the command", "versions": {"jax": "1.2.3"}, "hardware": {"device": "cpu"}}
     write_strength_report(tmp_path, [*BASE, *STRONGER, *SAME, *WEAKER], TASK, about)
     text = (tmp_path / "report.md").read_text()
-    assert "* **log**: stronger in 1, weaker in 0 of 1 cases" in text
-    assert "* **tanh**: stronger in 0, weaker in 0 of 1 cases" in text
-    assert "* **steep**: stronger in 0, weaker in 1 of 1 cases" in text
-    assert "+2.50 points of error on average" in text
+    assert "| ascended | rho 0.1 |" in text
+    assert "| log | **+2.50 ± 0.92** |" in text
+    assert re.search(r"^\| tanh \| [+-]0\.00 ± 3\.67 \|$", text, re.M)
     assert "| ce | 0.900 | +25.00 |" in text
     assert "| log | 0.900 | **+2.50 ± 0.92** |" in text
     assert "| steep | 0.900 | *-2.50 ± 0.92* |" in text
