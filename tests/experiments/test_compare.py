@@ -201,10 +201,10 @@ def test_bad_input_is_one_line(args, message, tmp_path, capsys, monkeypatch):
 def test_cores_are_devices_unless_the_user_says_otherwise(monkeypatch):
     asked = []
     monkeypatch.setattr(jax.config, "update", lambda *option: asked.append(option))
-    compare._make_cores_devices()
+    machine.make_cores_devices()
     assert not asked
     monkeypatch.setenv("XLA_FLAGS", "")
-    compare._make_cores_devices()
+    machine.make_cores_devices()
     assert asked == [("jax_num_cpu_devices", machine.cores())]
 
 
