@@ -3,13 +3,13 @@
 from bisam_jax._bilateral import BilateralState, bilateral_sam
 from bisam_jax._curvature import (
     Eigenvalues,
-    Estimate,
     hessian_eigenvalues,
     hessian_trace,
     spectral_density,
 )
 from bisam_jax._dynamic_mask import DynamicMaskState, dynamic_mask, sparse_sam_dynamic
 from bisam_jax._efficient import efficient_sam
+from bisam_jax._estimates import Estimate
 from bisam_jax._fisher_mask import FisherMaskState, fisher_mask, fisher_scores, sparse_sam_fisher
 from bisam_jax._friendly import FriendlyState, friendly, friendly_sam
 from bisam_jax._functional import functional_sam, logits_loss
@@ -18,7 +18,7 @@ from bisam_jax._look import LookState, look_sam
 from bisam_jax._products import gauss_newton_product, hessian_product
 from bisam_jax._random_subset import RandomSubsetState, random_subset
 from bisam_jax._sampa import SampaState, sampa
-from bisam_jax._sharpness import MeanSharpness, Sharpness, average_sharpness, sharpness
+from bisam_jax._sharpness import Sharpness, average_sharpness, sharpness
 from bisam_jax._sharpness_aware import SharpnessAwareState, asam, bisam, sam, sharpness_aware
 from bisam_jax._tilted import TiltedState, tilted_sam
 from bisam_jax._value_and_grad import value_and_grad
@@ -36,7 +36,6 @@ __all__ = [
     "FisherMaskState",
     "FriendlyState",
     "LookState",
-    "MeanSharpness",
     "RandomSubsetState",
     "SampaState",
     "ScheduledRadiusState",

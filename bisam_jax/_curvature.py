@@ -8,6 +8,7 @@ import optax
 
 from bisam_jax._batches import Batch, BatchLossFn
 from bisam_jax._checks import as_key, check_count, check_key, check_static
+from bisam_jax._estimates import Estimate, check_probes, estimate_of
 from bisam_jax._lanczos import flattened, lanczos, matfree
 from bisam_jax._products import ProductOf, hessian_product
 
@@ -22,18 +23,6 @@ class Eigenvalues(NamedTuple):
 
     values: jax.Array
     residuals: jax.Array
-
-
-class Estimate(NamedTuple):
-    """A mean over random probes.
-
-    Attributes:
-        mean: the mean.
-        standard_error: its standard error, in the shape of the mean.
-    """
-
-    mean: jax.Array
-    standard_error: jax.Array
 
 
 def hessian_eigenvalues(
@@ -89,6 +78,7 @@ def hessian_eigenvalues(
     .. note:: Keeps ``num_matvecs`` vectors of the size of the parameters, and a few more. XLA on
         CPU holds them twice.
     """
+    check_key(key)
     flat, matvec = flattened(product, loss_fn, params, batch, where, microbatch_size)
     depth = min(2 * k + 10, flat.size) if num_matvecs is None else num_matvecs
     _check_sizes(k, depth, flat.size)
@@ -141,11 +131,11 @@ def hessian_trace(
     """
     stochtrace = matfree().stochtrace
     flat, matvec = flattened(product, loss_fn, params, batch, where, microbatch_size)
-    _check_probes(key, num_samples)
+    check_probes(key, num_samples)
     probe = stochtrace.sampler_signs(flat, num=1)
     one = stochtrace.monte_carlo_trace()
     keys = jax.random.split(as_key(key), num_samples)
-    return _estimate(jax.lax.map(lambda key: one(matvec, probe(key)[0]), keys))
+    return estimate_of(jax.lax.map(lambda key: one(matvec, probe(key)[0]), keys))
 
 
 def spectral_density(
@@ -207,7 +197,7 @@ def spectral_density(
         CPU holds them twice.
     """
     flat, matvec = flattened(product, loss_fn, params, batch, where, microbatch_size)
-    _check_probes(key, num_samples)
+    check_probes(key, num_samples)
     _check_sizes(1, num_matvecs, flat.size)
     grid = jnp.asarray(grid, flat.dtype)
     if grid.ndim != 1 or grid.size < 2:
@@ -220,22 +210,7 @@ def spectral_density(
         bumps = jax.scipy.stats.norm.pdf(grid[:, None], ritz.values[None], width)
         return jnp.where(ritz.weights > 0, bumps, 0.0) @ ritz.weights
 
-    return _estimate(jax.lax.map(density, jax.random.split(as_key(key), num_samples)))
-
-
-def _estimate(samples: jax.Array) -> Estimate:
-    error = samples.std(axis=0, ddof=1) / jnp.sqrt(jnp.asarray(len(samples), samples.dtype))
-    return Estimate(samples.mean(axis=0), error)
-
-
-def _check_probes(key: Any, num_samples: Any) -> None:
-    check_key(key)
-    check_static("num_samples", num_samples)
-    check_count("num_samples", num_samples)
-    if num_samples < 2:
-        raise ValueError(
-            f"num_samples must be at least 2, for a standard error, got {num_samples}."
-        )
+    return estimate_of(jax.lax.map(density, jax.random.split(as_key(key), num_samples)))
 
 
 def _check_sizes(k: Any, depth: Any, size: int) -> None:

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 
 from bisam_jax._batches import BatchLossFn
 from bisam_jax._products import ProductOf
-from bisam_jax._trees import float_part
+from bisam_jax._trees import float_part, spread
 
 
 class Ritz(NamedTuple):
@@ -73,8 +73,9 @@ def flattened(
     microbatch_size: int | None,
 ) -> tuple[jax.Array, Callable[[jax.Array], jax.Array]]:
     """Returns the chosen leaves as one vector, and the product for such vectors."""
-    leaves, tree = jax.tree.flatten(float_part(params))
-    used = [True] * len(leaves) if where is None else _used(where, float_part(params))
+    floats = float_part(params)
+    leaves, tree = jax.tree.flatten(floats)
+    used = jax.tree.leaves(spread(True if where is None else where, floats))
     flat, unravel = ravel_pytree([leaf for leaf, use in zip(leaves, used, strict=True) if use])
     if not flat.size:
         raise ValueError("there are no parameters: where must choose a floating leaf at least.")
@@ -90,17 +91,3 @@ def flattened(
         return ravel_pytree([leaf for leaf, use in zip(result, used, strict=True) if use])[0]
 
     return flat, matvec
-
-
-def _used(where: Any, floats: Any) -> list[bool]:
-    """Returns the mask of the leaves."""
-    try:
-        spread = jax.tree.map(
-            lambda use, part: jax.tree.map(lambda _: bool(use), part), where, floats
-        )
-    except ValueError as error:
-        raise ValueError(
-            "where must be a tree of booleans with the structure of params or a prefix of it, got "
-            f"{jax.tree.structure(where)} for {jax.tree.structure(floats)}."
-        ) from error
-    return jax.tree.leaves(spread)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from bisam_jax._batches import Batch, BatchLoss, BatchLossFn
-from bisam_jax._checks import as_key, check_count, check_key, check_static, check_transformation
+from bisam_jax._checks import as_key, check_count, check_static, check_transformation
+from bisam_jax._estimates import Estimate, check_probes, estimate_of
 from bisam_jax._means import Mean, mean_over
 from bisam_jax._trees import float_part, merge, perturb
 
@@ -23,18 +24,6 @@ class Sharpness(NamedTuple):
 
     rise: jax.Array
     point: optax.Params
-
-
-class MeanSharpness(NamedTuple):
-    """What :func:`average_sharpness` returns.
-
-    Attributes:
-        mean: scalar, the mean rise over the random directions.
-        standard_error: scalar, its standard error.
-    """
-
-    mean: jax.Array
-    standard_error: jax.Array
 
 
 def sharpness(
@@ -116,8 +105,7 @@ def sharpness(
     state = perturbation.init(floats)
 
     def value_at(loss: BatchLoss, eps: Any) -> jax.Array:
-        point = perturb(params, eps)
-        return mean(lambda one: loss.mean(point, one))
+        return _value(loss, perturb(params, eps), mean)
 
     def farthest(eps: Any) -> Any:
         gradient = _gradient(ascended, perturb(params, eps), mean)
@@ -139,7 +127,8 @@ def sharpness(
     if steps > 1:
         carry = eps, value_at(ascended, eps), jnp.float32(1.0)
         eps, *_ = jax.lax.fori_loop(1, steps, ascend, carry)
-    return Sharpness(value_at(descended, eps) - value_at(descended, clean), perturb(params, eps))
+    rise = value_at(descended, eps) - value_at(descended, clean)
+    return Sharpness(rise, perturb(params, eps))
 
 
 def average_sharpness(
@@ -151,7 +140,7 @@ def average_sharpness(
     key: jax.Array | int,
     num_samples: int = 32,
     microbatch_size: int | None = None,
-) -> MeanSharpness:
+) -> Estimate:
     r"""Returns how much the loss rises in random directions.
 
     Each direction is a standard normal draw that ``perturbation`` maps into its ball: with
@@ -167,7 +156,7 @@ def average_sharpness(
         microbatch_size: see :func:`sharpness`.
 
     Returns:
-        :class:`MeanSharpness`: the mean rise, and its standard error.
+        :class:`Estimate`: scalars, the mean rise and its standard error.
 
     Raises:
         TypeError: if ``key`` is not a random key, or as :func:`sharpness`.
@@ -190,28 +179,23 @@ def average_sharpness(
     .. note:: Costs ``num_samples`` forward passes, one after another, and no gradient.
     """
     check_transformation("perturbation", perturbation)
-    check_key(key)
-    check_static("num_samples", num_samples)
-    check_count("num_samples", num_samples)
-    if num_samples < 2:
-        raise ValueError(
-            f"num_samples must be at least 2, for a standard error, got {num_samples}."
-        )
+    check_probes(key, num_samples)
     loss = BatchLoss("loss_fn", loss_fn, has_aux=False)
     floats, mean = float_part(params), mean_over(batch, microbatch_size)
     state = perturbation.init(floats)
 
-    def value_at(eps: Any) -> jax.Array:
-        point = perturb(params, eps)
-        return mean(lambda one: loss.mean(point, one))
-
-    def rise(key: jax.Array) -> jax.Array:
+    def value_at_random(key: jax.Array) -> jax.Array:
         direction = optax.tree.random_like(key, floats, jax.random.normal)
-        return value_at(perturbation.update(direction, state, floats)[0])
+        eps, _ = perturbation.update(direction, state, floats)
+        return _value(loss, perturb(params, eps), mean)
 
-    clean = value_at(jax.tree.map(jnp.zeros_like, floats))
-    rises = jax.lax.map(rise, jax.random.split(as_key(key), num_samples)) - clean
-    return MeanSharpness(rises.mean(), rises.std(ddof=1) / jnp.sqrt(rises.size))
+    clean = _value(loss, merge(floats, params), mean)
+    values = jax.lax.map(value_at_random, jax.random.split(as_key(key), num_samples))
+    return estimate_of(values - clean)
+
+
+def _value(loss: BatchLoss, params: Any, mean: Mean) -> jax.Array:
+    return mean(lambda one: loss.mean(params, one))
 
 
 def _gradient(loss: BatchLoss, params: Any, mean: Mean) -> Any:

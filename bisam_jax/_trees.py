@@ -60,6 +60,21 @@ def _dtype(leaf: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(dtype) if dtype == np.float64 else dtype
 
 
+def spread(where: Tree, tree: Tree) -> Tree:
+    """Returns a mask with a boolean for each leaf of `tree`, from a tree of booleans or a prefix.
+
+    Raises:
+        ValueError: if `where` does not fit.
+    """
+    try:
+        return jax.tree.map(lambda use, part: jax.tree.map(lambda _: bool(use), part), where, tree)
+    except ValueError as error:
+        raise ValueError(
+            "where must be a tree of booleans with the structure of params or a prefix of it, got "
+            f"{jax.tree.structure(where)} for {jax.tree.structure(tree)}."
+        ) from error
+
+
 def fill_with_zeros(gradient: Tree, params: optax.Params) -> Tree:
     """Returns a gradient in the parameters' dtypes, with zeros in place of None.
 

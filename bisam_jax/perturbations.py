@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from bisam_jax._checks import check_same_structure, check_scalar
-from bisam_jax._trees import is_floating, scale_to_norm
+from bisam_jax._trees import is_floating, scale_to_norm, spread
 
 
 class ScheduledRadiusState(NamedTuple):
@@ -225,19 +225,10 @@ def _sizes(params: optax.Params, gradient: optax.Updates, eta: Any, where: Any) 
     """Returns T for each leaf, in the gradient's dtype."""
     mask = True if where is None else where(params) if callable(where) else where
 
-    def size(use: Any, w: jax.Array, g: jax.Array) -> jax.Array:
+    def size(use: bool, w: jax.Array, g: jax.Array) -> jax.Array:
         dtype = jnp.result_type(g)
         return (
             jnp.abs(jnp.asarray(w, dtype)) + jnp.asarray(eta, dtype) if use else jnp.ones((), dtype)
         )
 
-    def sizes(use: Any, w: optax.Params, g: optax.Updates) -> optax.Params:
-        return jax.tree.map(lambda w, g: size(use, w, g), w, g)
-
-    try:
-        return jax.tree.map(sizes, mask, params, gradient)
-    except ValueError as error:
-        raise ValueError(
-            "where must be a tree of booleans with the structure of params or a prefix of it, got "
-            f"{jax.tree.structure(mask)} for {jax.tree.structure(params)}."
-        ) from error
+    return jax.tree.map(size, spread(mask, params), params, gradient)

@@ -45,3 +45,10 @@ def standard_promotion():
     """Allows the parts of optax that promote step counts to floats."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture
+def settings_of_a_user(standard_promotion):
+    """JAX's defaults: flax adds biases of lower rank."""
+    with jax.numpy_rank_promotion("allow"):
+        yield

@@ -2,7 +2,6 @@
 
 import re
 import tomllib
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,20 +11,9 @@ import optax
 import pytest
 
 import bisam_jax
+from tests.documents import ROOT, code_of
 
-ROOT = Path(__file__).parents[1]
-
-pytestmark = pytest.mark.usefixtures("standard_promotion")
-
-
-@pytest.fixture(autouse=True)
-def ranks_of_a_user():
-    with jax.numpy_rank_promotion("allow"):
-        yield
-
-
-def code_of(name):
-    return "\n".join(re.findall(r"^```python\n(.*?)^```$", (ROOT / name).read_text(), re.M | re.S))
+pytestmark = pytest.mark.usefixtures("settings_of_a_user")
 
 
 def test_readme_snippets():

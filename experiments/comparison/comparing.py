@@ -12,8 +12,8 @@ from experiments.comparison import plan, report, results
 from experiments.comparison.grid import Grid
 from experiments.comparison.grid_run import GridRun, examples_of
 from experiments.comparison.results import Comparison
+from experiments.comparison.table import usual_baseline
 from experiments.config.config import option_of
-from experiments.config.methods import PLAIN
 from experiments.system import files, machine
 from experiments.system.command_line import ArgumentError
 from experiments.system.interruption import Interruption
@@ -48,8 +48,7 @@ def compare(
     recipes = asked + grid.longer_plain(asked, steps_per_epoch)
     about = {"task": grid.task, "grid": _as_json(grid), "runs": len(recipes), "command": command}
     about |= {"versions": machine.versions(), "hardware": machine.hardware()}
-    chosen = baseline or (PLAIN if PLAIN in grid.labels else grid.labels[0])
-    print(plan.in_words(recipes, chosen, steps_per_epoch))
+    print(plan.in_words(recipes, baseline or usual_baseline(grid.labels), steps_per_epoch))
     with _locked(folder), Interruption() as interruption:
         comparison = _opened(folder, about)
         (origin,) = comparison.origins

@@ -19,7 +19,7 @@ from experiments.comparison import capacity, results
 from experiments.comparison.grid import Grid
 from experiments.comparison.replicas import Labels, Replicas, labels_of
 from experiments.comparison.results import FINISHED, Comparison, Result
-from experiments.comparison.words import in_minutes
+from experiments.comparison.words import duration
 from experiments.config.config import Config, Place
 from experiments.config.hyperparameters import STRUCTURAL
 from experiments.config.recipe import Recipe, filled_in
@@ -204,7 +204,7 @@ class GridRun:
             total = sum(self._gradients(run) for g in self._groups for run in self._missing_in(g))
             left = total / (len(part) * self._gradients(part[0], 1)) * seconds
             left += len(self._groups) * (self._compile_seconds + max(0, compiling))
-            progress.print_line(f"all runs take about {in_minutes(left)}")
+            progress.print_line(f"all runs take about {duration(left)}")
 
     def _add(self, new: list[Result]) -> None:
         self._comparison.results += new

@@ -2,8 +2,7 @@
 
 from collections.abc import Sequence
 
-from experiments.comparison.significance import LEVEL
-from experiments.comparison.verdict import smallest_p_value
+from experiments.comparison.significance import LEVEL, smallest_p_value
 from experiments.config.methods import PLAIN
 from experiments.config.recipe import Recipe
 

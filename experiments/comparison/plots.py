@@ -66,19 +66,8 @@ def strengths(rises: Mapping[int, Mapping[str, Mapping[float, Estimate]]]) -> st
         for axes in grid.ravel()[len(rises) :]:
             axes.set_axis_off()
         for axes, (epoch, lines) in zip(grid.ravel(), rises.items(), strict=False):
-            for name, (colour, marker, dash) in _styles(lines).items():
-                points = [_percent(value) for value in lines[name].values()]
-                axes.errorbar(
-                    list(lines[name]),
-                    [mean for mean, _ in points],
-                    yerr=np.concatenate([error for _, error in points], axis=1),
-                    label=name,
-                    color=colour,
-                    marker=marker,
-                    linestyle=dash,
-                    markersize=4,
-                    capsize=2,
-                )
+            for name, style in _styles(lines).items():
+                _estimates(axes, name, list(lines[name]), lines[name].values(), style)
             axes.set(xscale="log", xlabel="rho", title=f"epoch {epoch}")
             axes.set_ylabel("rise of the error (points)")
         grid[0, 0].legend(fontsize=7)
@@ -94,19 +83,11 @@ def over_label_noise(lines: Mapping[str, Mapping[float, Estimate]]) -> str:
     with matplotlib.rc_context(_SETTINGS):
         figure = matplotlib.figure.Figure(figsize=_SIZE, layout="constrained")
         axes = figure.subplots()
-        for place, (name, (colour, marker, dash)) in enumerate(_styles(lines).items()):
-            points = [_percent(value) for value in lines[name].values()]
-            axes.errorbar(
-                # Moved a little aside, so that intervals do not hide each other.
-                [100 * share + 0.5 * (place - len(lines) / 2) for share in lines[name]],
-                [mean for mean, _ in points],
-                yerr=np.concatenate([error for _, error in points], axis=1),
-                label=name,
-                color=colour,
-                marker=marker,
-                linestyle=dash,
-                capsize=3,
-            )
+        for place, (name, style) in enumerate(_styles(lines).items()):
+            # A little aside, so that intervals do not hide each other.
+            aside = 0.5 * (place - len(lines) / 2)
+            shares = [100 * share + aside for share in lines[name]]
+            _estimates(axes, name, shares, lines[name].values(), style)
         axes.set(xlabel="wrong training labels (%)", ylabel="test accuracy (%)")
         axes.legend(fontsize=9)
         return _svg(figure)
@@ -219,18 +200,9 @@ def _line(
     aside: float,
     style: Any,
 ) -> None:
-    colour, marker, dash = style
-    means = 100 * np.asarray([candidate.validation[:4] for candidate in line])
-    axes.errorbar(
-        [aside * candidate.values[name] for candidate in line],
-        means[:, 0],
-        yerr=np.nan_to_num([means[:, 0] - means[:, 2], means[:, 3] - means[:, 0]]),
-        label=label,
-        color=colour,
-        marker=marker,
-        linestyle=dash,
-        capsize=3,
-    )
+    colour, *_ = style
+    places = [aside * candidate.values[name] for candidate in line]
+    _estimates(axes, label, places, [candidate.validation for candidate in line], style)
     axes.plot(
         aside * best.values[name],
         100 * best.validation.mean,
@@ -238,6 +210,24 @@ def _line(
         markersize=14,
         markerfacecolor="none",
         markeredgecolor=colour,
+    )
+
+
+def _estimates(
+    axes: Any, label: str, places: Sequence[float], values: Iterable[Estimate], style: Any
+) -> None:
+    """Draws a line of means in %, with their intervals."""
+    colour, marker, dash = style
+    points = [_percent(value) for value in values]
+    axes.errorbar(
+        places,
+        [mean for mean, _ in points],
+        yerr=np.concatenate([error for _, error in points], axis=1),
+        label=label,
+        color=colour,
+        marker=marker,
+        linestyle=dash,
+        capsize=3,
     )
 
 

@@ -14,7 +14,7 @@ from experiments.comparison.results import Comparison
 from experiments.comparison.significance import EXACT_SEEDS, LEVEL, Difference, Estimate
 from experiments.comparison.table import DIFFERENCES, Row, baseline_of, row_name, rows_of
 from experiments.comparison.verdict import compared, in_short
-from experiments.comparison.words import computed_with, in_minutes, task_in_words
+from experiments.comparison.words import computed_with, duration, task_in_words
 from experiments.config.methods import PLAIN
 from experiments.system import files
 
@@ -123,7 +123,7 @@ def _table(rows: list[Row], baseline: str) -> str:
             f"| {row_name(row, rows)} | {_chosen(row)} | {_mean(row.test)} | "
             f"{_mean(row.last_test)} | {compared(row.same_epochs)} | "
             f"{compared(row.same_gradients)} | {row.batch_gradients:,} | "
-            f"{in_minutes(row.seconds) if row.seconds >= 1 else f'{row.seconds:.2f} s'} |"
+            f"{duration(row.seconds)} |"
         )
     return "\n".join(lines)
 

@@ -147,3 +147,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     result = np.empty(len(p_values))
     result[order] = np.minimum(corrected, 1)
     return result.tolist()
+
+
+def smallest_p_value(seeds: int, comparisons: int) -> float:
+    """Returns the smallest p-value that the test can have, after Holm's correction."""
+    return min(1.0, comparisons * 2.0 ** (1 - seeds))

@@ -72,10 +72,14 @@ class Row:
         return self.best.values.get(name) in (min(tried), max(tried))
 
 
-def baseline_of(comparison: Comparison) -> str:
-    """Returns plain training if it was trained, otherwise the first method."""
-    methods = [result.method for result in comparison.results]
+def usual_baseline(methods: Sequence[str]) -> str:
+    """Returns plain training if it is one of the methods, otherwise the first."""
     return PLAIN if PLAIN in methods else methods[0]
+
+
+def baseline_of(comparison: Comparison) -> str:
+    """Returns the usual baseline of the methods that were trained."""
+    return usual_baseline([result.method for result in comparison.results])
 
 
 def rows_of(comparison: Comparison, baseline: str | None = None) -> list[Row]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from experiments.comparison.significance import LEVEL, Difference
+from experiments.comparison.significance import LEVEL, Difference, smallest_p_value
 from experiments.comparison.table import Row, row_name
 from experiments.config.methods import PLAIN
 
@@ -26,11 +26,6 @@ def in_short(rows: Sequence[Row], baseline: str) -> str:
         _cost(best, rows, baseline),
     ]
     return "\n".join(f"* {answer}" for answer in answers if answer)
-
-
-def smallest_p_value(seeds: int, comparisons: int) -> float:
-    """Returns the smallest p-value that a permutation test of pairs can have, corrected."""
-    return min(1.0, comparisons * 2.0 ** (1 - seeds))
 
 
 def _by_how_much(best: Row, rows: Sequence[Row], baseline: str) -> str:

@@ -32,12 +32,12 @@ def setting_in_words(task: dict[str, Any]) -> str:
     return ", ".join([*parts[:3], *sorted(parts[3:])])
 
 
-def in_minutes(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Returns a duration as text, in the largest unit that it fills."""
     for unit, length in (("h", 3600), ("min", 60)):
         if seconds >= length:
             return f"{seconds / length:.2g} {unit}"
-    return f"{seconds:.0f} s"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.2f} s"
 
 
 def computed_with(about: dict[str, Any]) -> str:

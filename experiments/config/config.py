@@ -134,7 +134,7 @@ class Config(Place, Hyperparameters, Task):
         ranges = {name: known.range for name, known in HYPERPARAMETERS.items()}
         check_ranges(self, _RANGES | ranges)
         if self.model is not None:
-            check_model(self.model)
+            _check_model(self.model)
         spec = METHODS[self.method]
         if spec.ascends is not None and self.perturbation not in (None, spec.ascends):
             raise ArgumentError(
@@ -158,7 +158,7 @@ def option_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def check_model(name: str) -> None:
+def _check_model(name: str) -> None:
     """Raises ArgumentError if there is no such model."""
     try:
         architecture(name)

@@ -11,6 +11,7 @@ import optax
 import bisam_jax
 from experiments import models
 from experiments.run.experiment import Experiment
+from experiments.step import augmentation
 from experiments.step.train_step import cross_entropy
 
 PerExample = Callable[[jax.Array, jax.Array], jax.Array]
@@ -77,7 +78,7 @@ def make_strength(
         params: Any, stats: Any, images: jax.Array, labels: jax.Array, radii: jax.Array
     ) -> Strength:
         def logits_of(at: Any, batch: Any) -> jax.Array:
-            pixels = (batch[0].astype(jnp.float32) - dataset.mean) / dataset.std
+            pixels = augmentation.normalise(batch[0], dataset.mean, dataset.std)
             keys = jax.random.split(jax.random.key(0), len(batch[1]))
             return apply(at, stats, pixels, train=True, keys=keys)[0]
 

@@ -1,7 +1,8 @@
 """The report of perturbation strengths, as Markdown and as one HTML page."""
 
 import dataclasses
-from collections.abc import Sequence
+import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +48,24 @@ def write_strength_report(
     files.write_text(folder / "report.html", html_page(text, images))
 
 
-def differences_of(measured: Sequence[Measured]) -> dict[Key, Estimate]:
-    """Returns how much more the error rises than by ascending the training loss.
+def paired(measured: Sequence[Measured]) -> Iterator[tuple[Measured, float]]:
+    """Yields how much more the error rises than by ascending the training loss.
 
-    The means are over the seeds, paired: by method, epoch, ascended loss and radius.
+    Both are of the same network and the same radius.
     """
-    values = {(m.method, m.epoch, m.ascended, m.rho, m.seed): m.error_rise for m in measured}
-    paired: dict[Key, list[float | None]] = {}
-    for (method, epoch, ascended, rho, seed), value in values.items():
-        base = values.get((method, epoch, TRAINING_LOSS, rho, seed))
-        if ascended != TRAINING_LOSS and base is not None:
-            paired.setdefault((method, epoch, ascended, rho), []).append(value - base)
-    return {key: estimate(known) for key, known in paired.items()}
+    plain = {(m.method, m.epoch, m.rho, m.seed): m for m in measured if m.ascended == TRAINING_LOSS}
+    for m in measured:
+        base = plain.get((m.method, m.epoch, m.rho, m.seed))
+        if base is not None and base is not m:
+            yield m, m.error_rise - base.error_rise
+
+
+def differences_of(measured: Sequence[Measured]) -> dict[Key, Estimate]:
+    """Returns the paired differences by method, epoch, ascended loss and radius, over the seeds."""
+    known: dict[Key, list[float | None]] = {}
+    for m, difference in paired(measured):
+        known.setdefault((m.method, m.epoch, m.ascended, m.rho), []).append(difference)
+    return {key: estimate(values) for key, values in known.items()}
 
 
 def _sign(value: Estimate) -> int:
@@ -67,20 +74,17 @@ def _sign(value: Estimate) -> int:
 
 
 def by_radius(measured: Sequence[Measured]) -> dict[tuple[str, float], Estimate]:
-    """Returns the differences of :func:`differences_of` by ascended loss and radius.
+    """Returns the paired differences by ascended loss and radius.
 
     Each seed counts once, with its mean over methods and epochs.
     """
-    values = {(m.method, m.epoch, m.ascended, m.rho, m.seed): m.error_rise for m in measured}
     of_seed: dict[tuple[str, float, int], list[float]] = {}
-    for (method, epoch, ascended, rho, seed), value in values.items():
-        base = values.get((method, epoch, TRAINING_LOSS, rho, seed))
-        if ascended != TRAINING_LOSS and base is not None:
-            of_seed.setdefault((ascended, rho, seed), []).append(value - base)
+    for m, difference in paired(measured):
+        of_seed.setdefault((m.ascended, m.rho, m.seed), []).append(difference)
     means: dict[tuple[str, float], list[float | None]] = {}
-    for (ascended, rho, _), known in of_seed.items():
-        means.setdefault((ascended, rho), []).append(sum(known) / len(known))
-    return {key: estimate(known) for key, known in means.items()}
+    for (ascended, rho, _), values in of_seed.items():
+        means.setdefault((ascended, rho), []).append(statistics.fmean(values))
+    return {key: estimate(values) for key, values in means.items()}
 
 
 def _in_short(measured: Sequence[Measured]) -> str:

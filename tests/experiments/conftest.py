@@ -7,10 +7,8 @@ from experiments import models
 
 
 @pytest.fixture(autouse=True)
-def settings_of_a_user(standard_promotion):
-    """The experiments run under JAX's defaults: flax adds biases of lower rank."""
-    with jax.numpy_rank_promotion("allow"):
-        yield
+def as_a_user(settings_of_a_user):
+    """The experiments run under JAX's defaults."""
 
 
 @pytest.fixture

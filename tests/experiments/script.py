@@ -21,6 +21,14 @@ def call(main, capsys, *args):
     return status, captured.out, captured.err
 
 
+def refusal(main, capsys, *args):
+    """Returns the one line with which a command refuses its arguments."""
+    status, _, err = call(main, capsys, *args)
+    assert status == 2
+    assert err.count("\n") == 1
+    return err
+
+
 def start(*args, cwd, devices=1, quick=False):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     # As in this process, but with devices of its own.

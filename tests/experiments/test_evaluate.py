@@ -8,6 +8,7 @@ from experiments import evaluate
 from experiments.config.config import Config
 from experiments.run.training import train
 from experiments.system import files
+from tests.experiments.script import refusal
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "small_mlp")
 
@@ -44,12 +45,7 @@ def test_an_evaluation_finds_what_the_summary_reports(tmp_path, capsys):
 
 
 def failure(capsys, *args):
-    with pytest.raises(SystemExit) as exit_:
-        evaluate.main(args)
-    err = capsys.readouterr().err
-    assert exit_.value.code == 2
-    assert err.count("\n") == 1
-    return err
+    return refusal(evaluate.main, capsys, *args)
 
 
 def test_folders_that_cannot_be_evaluated_are_one_line(tmp_path, capsys):

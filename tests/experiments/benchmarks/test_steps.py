@@ -4,6 +4,7 @@ import pytest
 
 from experiments.benchmarks import steps
 from experiments.config import methods
+from tests.experiments.script import refusal
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -80,9 +81,4 @@ def test_times_and_flops_are_relative_to_the_first():
     ids=["one step", "no radius"],
 )
 def test_bad_input_is_one_line(args, message, capsys):
-    with pytest.raises(SystemExit) as exit_:
-        steps.main(args)
-    assert exit_.value.code == 2
-    err = capsys.readouterr().err
-    assert message in err
-    assert err.count("\n") == 1
+    assert message in refusal(steps.main, capsys, *args)
