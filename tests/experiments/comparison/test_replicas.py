@@ -156,6 +156,21 @@ def test_the_best_epoch_is_kept(accuracies, best):
     assert population.accuracy == np.float32(accuracies[best])
 
 
+def test_the_best_and_the_last_parameters_are_tested():
+    runs = configs(method="sgd", learning_rate=0.1)
+    program = Replicas(experiment_from(runs[0]), 2)
+    labels = {config.seed: labels_of(dataset_of(config.seed)) for config in runs}
+    inputs = program.inputs([resolve(config) for config in runs], labels)
+    first = program.first(inputs)
+    untrained = program.test(first)
+    np.testing.assert_array_equal(untrained[:, 0], untrained[:, 1])
+    stay = jax.tree.map(np.copy, (first.params, first.stats))
+    trained, _ = program.epoch(first, inputs, 0)
+    best, last = program.test(trained._replace(params=stay[0], stats=stay[1])).T
+    np.testing.assert_array_equal(best, untrained[:, 0])
+    assert (last > best + 0.1).all()
+
+
 def test_a_step_that_is_plain_costs_one_gradient_among_replicas_too():
     """Both branches of a condition that replicas differ in would be computed."""
     program = Replicas(experiment_from(configs(method="sam", start_step=2)[0]), 2)
