@@ -29,6 +29,7 @@ from experiments.data import DatasetError
 from experiments.run.checkpoints import CheckpointError
 from experiments.system import command_line, files, machine
 from experiments.system.command_line import ArgumentError, OrDefault
+from experiments.system.suggestions import did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,8 @@ class CompareOptions(Grid):
             self._check_from()
         elif self.baseline not in (None, *self.labels):
             raise ArgumentError(
-                f"--baseline must be one of {', '.join(self.labels)}, got {self.baseline}"
+                f"--baseline must be one of {', '.join(self.labels)}, got {self.baseline}."
+                f"{did_you_mean(str(self.baseline), self.labels)}"
             )
 
     def _check_from(self) -> None:

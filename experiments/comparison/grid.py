@@ -12,6 +12,7 @@ from experiments.config.hyperparameters import HYPERPARAMETERS, STRUCTURAL, Rang
 from experiments.config.methods import METHODS, label_of
 from experiments.config.recipe import PERTURBATION_OPTIONS, Recipe, resolve
 from experiments.system.command_line import ArgumentError
+from experiments.system.suggestions import did_you_mean
 
 _OF_A_RUN = ("data_dir", "workers", "epochs")
 # Runs that agree in these can be compared.
@@ -119,7 +120,8 @@ def parsed(name: str) -> tuple[str, str | None]:
     if spec is None or (perturbation and fixed) or perturbation not in ("", "log", "tanh"):
         raise ArgumentError(
             f"--methods has no {name!r}: use {', '.join(METHODS)}, and METHOD+log or "
-            "METHOD+tanh for every method except sgd and bisam-*"
+            "METHOD+tanh for every method except sgd and bisam-*."
+            f"{did_you_mean(name, METHODS)}"
         )
     return method, perturbation or None
 

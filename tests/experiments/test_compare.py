@@ -167,6 +167,7 @@ def test_a_report_is_made_again(finished, tmp_path, capsys):
     ("args", "message"),
     [
         (["--methods", "sgd", "adahessian"], "--methods has no 'adahessian'"),
+        (["--methods", "sgd", "bisam-lgo"], "Did you mean bisam-log?"),
         (["--methods", "bisam-log+tanh"], "--methods has no 'bisam-log+tanh'"),
         (["--methods", "sam", "sam"], "--methods has sam twice"),
         (["--methods", "bisam-log", "sam+log"], "--methods has bisam-log twice"),

@@ -7,9 +7,10 @@ import signal
 import time
 
 import pytest
+from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from experiments import compare, train
+from experiments import compare, evaluate, train
 from experiments.system import files
 from tests.experiments.script import call, start
 
@@ -102,6 +103,43 @@ def read_events(path):
         length = int.from_bytes(content[:8], "little")
         yield event_pb2.Event.FromString(content[12 : 12 + length])
         content = content[16 + length :]
+
+
+MODEL = """
+from flax import nnx
+
+class Flat(nnx.Module):
+    def __init__(self, image_shape, classes, *, dtype, rngs):
+        height, width, channels = image_shape
+        self.linear = nnx.Linear(height * width * channels, classes, dtype=dtype, rngs=rngs)
+
+    def __call__(self, images, *, train, keys=None):
+        return self.linear(images.reshape(len(images), -1))
+"""
+
+
+@quickly
+def test_own_images_and_an_own_model(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_model.py").write_text(MODEL)
+    for shade, name in enumerate(("dark", "light")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(40):
+            image = Image.new("L", (4, 4), 100 + 100 * shade + number)
+            image.save(tmp_path / "photos" / name / f"{number}.png")
+    args = ["--dataset", "./photos", "--model", "own_model:Flat", "--epochs", 5, "--batch-size", 8]
+    status, out, err = run(capsys, *args, "--devices", 1, "--output", "run")
+    assert status == 0, err
+    assert "test accuracy 100.00 % on 16 examples" in out
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["dataset"] == str(tmp_path / "photos")
+    assert config["model"] == "own_model:Flat"
+    # The run is found from another folder.
+    monkeypatch.chdir(tmp_path / "photos")
+    status, out, err = call(evaluate.main, capsys, tmp_path / "run")
+    assert status == 0, err
+    assert "test        accuracy 100.00 %" in out
 
 
 @quickly
