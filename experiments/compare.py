@@ -40,6 +40,9 @@ class CompareOptions(Grid):
     """The method to compare the others with (default: sgd if it is trained, else the first)."""
     replicas_at_once: OrDefault[int] = None
     """Largest number of runs at once (default: as many as is fast and fits in memory)."""
+    keep_networks: bool = True
+    """Keep the parameters of every run's best epoch, to measure them with experiments.sharpness
+    and experiments.robustness."""
     output: OrDefault[Path] = None
     """The folder to write to (default: a new one in runs/). A comparison in it is resumed."""
     from_: Annotated[tuple[Path, ...] | None, tyro.conf.arg(name="from")] = None
@@ -87,6 +90,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 command=shlex.join(["python", "-m", "experiments.compare", *given]),
                 baseline=options.baseline,
                 replicas_at_once=options.replicas_at_once,
+                keep_networks=options.keep_networks,
             )
     except (ArgumentError, DatasetError, CheckpointError) as error:
         command_line.fail(str(error))

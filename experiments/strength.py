@@ -8,7 +8,6 @@ a report. It takes two minutes on two CPU cores.
 """
 
 import dataclasses
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,11 +15,12 @@ from pathlib import Path
 from experiments.comparison.grid import Grid
 from experiments.config.config import check_ranges
 from experiments.config.hyperparameters import Range
-from experiments.data import DatasetError, base_name
+from experiments.data import base_name
+from experiments.measures.command import about, errors_in_one_line, folder_for
 from experiments.measures.strength_report import write_strength_report
 from experiments.measures.strength_run import measured_along
-from experiments.system import command_line, files, machine
-from experiments.system.command_line import ArgumentError, OrDefault
+from experiments.system import command_line, machine
+from experiments.system.command_line import OrDefault
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +47,8 @@ class StrengthOptions(Grid):
     def __post_init__(self) -> None:
         """Refuses what cannot be measured. Messages name the options."""
         super().__post_init__()
-        check_ranges(self, {"batches": Range(1)})
-        positive = Range(0, above=True)
-        for option, values, allowed in (
-            ("--at", self.at, Range(0)),
-            ("--radii", self.radii, positive),
-            ("--measured-mu", self.measured_mu, positive),
-            ("--measured-alpha", self.measured_alpha, positive),
-        ):
-            if not values or not all(value in allowed for value in values):
-                raise ArgumentError(f"{option} must be numbers {allowed}, got {values}")
+        positive = dict.fromkeys(("radii", "measured_mu", "measured_alpha"), Range(0, above=True))
+        check_ranges(self, {"batches": Range(1), "at": Range(0), **positive})
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -64,9 +56,8 @@ def main(args: Sequence[str] | None = None) -> None:
     machine.make_cores_devices()
     given = sys.argv[1:] if args is None else args
     options = command_line.parse(StrengthOptions, __doc__ or "", given)
-    folder = options.output or files.new_folder(f"{base_name(options.dataset)}-strength")
-    try:
-        files.check_new(folder)
+    with errors_in_one_line():
+        folder = folder_for(options.output, f"{base_name(options.dataset)}-strength")
         measured = measured_along(
             options,
             sorted(set(options.at)),
@@ -76,16 +67,7 @@ def main(args: Sequence[str] | None = None) -> None:
             options.batches,
         )
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        command_line.fail(f"--output must be a new folder: {error}")
-    except (ArgumentError, DatasetError) as error:
-        command_line.fail(str(error))
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        raise SystemExit(130) from None
-    command = shlex.join(["python", "-m", "experiments.strength", *given])
-    about = {"command": command, "versions": machine.versions(), "hardware": machine.hardware()}
-    write_strength_report(folder, measured, options.task, about)
+        write_strength_report(folder, measured, options.task, about("strength", given))
     print(f"wrote {folder / 'report.md'} and {folder / 'report.html'}")
 
 

@@ -1,5 +1,6 @@
 """Settings that turn mistakes into errors, made before JAX starts."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -15,6 +16,9 @@ FLAGS = [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_coun
 if jax.__version_info__ < (0, 11):
     FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join(FLAGS)
+
+# Tracing makes many objects and few cycles.
+gc.set_threshold(200_000, 20, 100)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,5 +1,6 @@
 """Eigenvalues, trace and spectrum, against dense matrices."""
 
+import functools
 import sys
 
 import jax
@@ -17,6 +18,7 @@ from bisam_jax import (
     logits_loss,
     spectral_density,
 )
+from tests.compiled import quick_jit
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -46,8 +48,21 @@ def cross_entropy(logits, batch):
 loss_fn = logits_loss(logits_of, cross_entropy)
 
 
+def in_one_program(measure, loss, params, batch, *rest, **options):
+    """Calls `measure`, compiled whole: operation by operation, it takes many times as long."""
+    return quick_jit(lambda p, b: measure(loss, p, b, *rest, **options))(params, batch)
+
+
+eigenvalues = functools.partial(in_one_program, hessian_eigenvalues)
+trace = functools.partial(in_one_program, hessian_trace)
+
+
 def dense(params, batch, product=hessian_product):
     """The matrix, from jax.hessian or from Jacobians."""
+    return quick_jit(functools.partial(_dense, product=product))(params, batch)
+
+
+def _dense(params, batch, product):
     flat, unravel = ravel_pytree(params)
     if product is hessian_product:
         return jax.hessian(lambda v: loss_fn(unravel(v), batch).mean())(flat)
@@ -69,11 +84,11 @@ def test_a_network_against_its_dense_matrix(product, float64):
     np.testing.assert_allclose(applied, matrix @ vector, rtol=1e-9, atol=1e-12)
 
     exact = jnp.linalg.eigvalsh(matrix)[::-1]
-    found = hessian_eigenvalues(loss_fn, params, batch, 5, key=0, num_matvecs=90, product=product)
+    found = eigenvalues(loss_fn, params, batch, 5, key=0, num_matvecs=90, product=product)
     np.testing.assert_allclose(found.values, exact[:5], atol=1e-6)
     assert (found.residuals < 1e-6).all()
 
-    mean, error = hessian_trace(loss_fn, params, batch, key=1, num_samples=400, product=product)
+    mean, error = trace(loss_fn, params, batch, key=1, num_samples=400, product=product)
     assert abs(mean - jnp.trace(matrix)) < 4 * error
     assert 0 < error < 0.2 * abs(jnp.trace(matrix))
 
@@ -83,7 +98,7 @@ def test_repeated_eigenvalues_are_found_once(float64):
         return 0.5 * batch @ (jnp.array([2.0, 2.0, 2.0, 1.0]) * w**2)
 
     w, batch = jnp.ones(4), jnp.ones((2, 4))
-    found = hessian_eigenvalues(quadratic, w, batch, 3, key=0)
+    found = eigenvalues(quadratic, w, batch, 3, key=0)
     np.testing.assert_allclose(found.values, [2.0, 1.0, np.nan], atol=1e-9)
     assert (found.residuals[:2] < 1e-9).all()
     flat = hessian_eigenvalues(lambda w, b: b @ w, w, batch, 1, key=0)
@@ -95,7 +110,7 @@ def test_residuals_are_honest(float64):
     params, batch = network()
     exact = jnp.linalg.eigvalsh(dense(params, batch))
     for depth in (4, 8, 16, 32):
-        found = hessian_eigenvalues(loss_fn, params, batch, 4, key=3, num_matvecs=depth)
+        found = eigenvalues(loss_fn, params, batch, 4, key=3, num_matvecs=depth)
         distance = jnp.abs(found.values[:, None] - exact[None]).min(1)
         assert (distance <= found.residuals + 1e-12).all()
         assert (np.diff(found.values) <= 0).all()
@@ -108,9 +123,9 @@ def test_a_quadratic_of_known_spectrum(float64):
         return 0.5 * batch @ (diagonal * w**2)
 
     w, batch = jnp.ones(6), jnp.ones((2, 6))
-    found = hessian_eigenvalues(quadratic, w, batch, 3, key=0, num_matvecs=5)
+    found = eigenvalues(quadratic, w, batch, 3, key=0, num_matvecs=5)
     np.testing.assert_allclose(found.values, [9.0, 4.0, 1.0], atol=1e-8)
-    mean, error = hessian_trace(quadratic, w, batch, key=0)
+    mean, error = trace(quadratic, w, batch, key=0)
     np.testing.assert_allclose((mean, error), (16.0, 0.0), atol=1e-12)
 
     grid = jnp.linspace(-5.0, 12.0, 341)
@@ -127,9 +142,9 @@ def test_a_mask_gives_the_block_of_its_leaves(float64):
     flat, unravel = ravel_pytree({"b": params["b"], "v": params["v"]})
     block = jax.hessian(lambda v: loss_fn({**params, **unravel(v)}, batch).mean())(flat)
     exact = jnp.linalg.eigvalsh(block)[::-1]
-    found = hessian_eigenvalues(loss_fn, params, batch, 3, key=0, num_matvecs=50, where=where)
+    found = eigenvalues(loss_fn, params, batch, 3, key=0, num_matvecs=50, where=where)
     np.testing.assert_allclose(found.values, exact[:3], atol=1e-6)
-    mean, error = hessian_trace(loss_fn, params, batch, key=0, num_samples=400, where=where)
+    mean, error = trace(loss_fn, params, batch, key=0, num_samples=400, where=where)
     assert abs(mean - jnp.trace(block)) < 4 * error
 
 
@@ -140,16 +155,16 @@ def test_batches_microbatches_and_seeds(float64):
         found = hessian_eigenvalues(loss_fn, params, batch, 2, key=0, num_matvecs=25, **options)
         return found.values
 
-    whole = top(params, batch)
-    np.testing.assert_allclose(top(params, batch, microbatch_size=8), whole, rtol=1e-8)
+    whole = quick_jit(top)(params, batch)
+    microbatched = quick_jit(functools.partial(top, microbatch_size=8))(params, batch)
+    np.testing.assert_allclose(microbatched, whole, rtol=1e-8)
     parts = [jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(0, 5), slice(5, 24))]
-    np.testing.assert_allclose(top(params, parts), whole, rtol=1e-8)
+    np.testing.assert_allclose(quick_jit(top)(params, parts), whole, rtol=1e-8)
     seeds = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), params)
-    mapped = jax.jit(jax.vmap(top, (0, None)))(seeds, batch)
+    mapped = quick_jit(jax.vmap(top, (0, None)))(seeds, batch)
     np.testing.assert_allclose(mapped[0], whole, rtol=1e-8)
-    np.testing.assert_allclose(
-        mapped[1], top(jax.tree.map(lambda x: 1.1 * x, params), batch), rtol=1e-8
-    )
+    second = quick_jit(top)(jax.tree.map(lambda x: x[1], seeds), batch)
+    np.testing.assert_allclose(mapped[1], second, rtol=1e-8)
 
 
 def test_leaves_that_are_not_floating_take_no_part():

@@ -167,10 +167,7 @@ TWO_GROUPS = mlp_batch(examples=32)
 each_grouping = [
     *((name, None) for name in METHODS),
     ("sparse dynamic", 16),
-    *(
-        pytest.param(name, 16, marks=pytest.mark.slow)
-        for name in ("bisam", "friendly", "efficient")
-    ),
+    *(pytest.param(name, 16, marks=pytest.mark.slow) for name in ("bisam", "efficient")),
 ]
 
 
@@ -202,8 +199,12 @@ def test_what_needs_gradients_refuses_updates(name, option):
 BY_DEFAULT = [("bisam", {}), ("bisam", {"microbatch_size": 4}), ("efficient", {})]
 each_when = [
     pytest.param(name, sizes, marks=[] if (name, sizes) in BY_DEFAULT else pytest.mark.slow)
-    for name in ("bisam", "look", "efficient")
-    for sizes in ({}, {"microbatch_size": 4}, {"group_size": 4})
+    for name, sizes in [
+        *BY_DEFAULT,
+        ("look", {}),
+        ("look", {"group_size": 4}),
+        ("efficient", {"microbatch_size": 4}),
+    ]
 ]
 
 

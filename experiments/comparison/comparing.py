@@ -26,6 +26,7 @@ def compare(
     command: str,
     baseline: str | None = None,
     replicas_at_once: int | None = None,
+    keep_networks: bool = True,
 ) -> None:
     """Trains the runs of a grid that have no result in the folder, and writes the report.
 
@@ -36,6 +37,7 @@ def compare(
         baseline: label of the method that the others are compared with; by default sgd if it is
             trained, else the first.
         replicas_at_once: largest number of runs at once; None for as many as is fast and fits.
+        keep_networks: whether to keep the parameters of every run.
 
     Raises:
         ArgumentError: if the grid does not fit the data, the memory or what is in the folder.
@@ -52,7 +54,8 @@ def compare(
     with _locked(folder), Interruption() as interruption:
         comparison = _opened(folder, about)
         (origin,) = comparison.origins
-        run = GridRun(grid, recipes, examples, comparison, folder, replicas_at_once, interruption)
+        how = (replicas_at_once, keep_networks, interruption)
+        run = GridRun(grid, recipes, examples, comparison, folder, *how)
         if run.missing:
             _note_continuation(origin, about)
             results.write_about(folder, origin)

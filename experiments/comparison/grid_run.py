@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from experiments import data
-from experiments.comparison import capacity, results
+from experiments.comparison import capacity, networks, results
 from experiments.comparison.grid import Grid
 from experiments.comparison.replicas import Labels, Replicas, labels_of
 from experiments.comparison.results import FINISHED, Comparison, Result
@@ -81,6 +81,7 @@ class GridRun:
         comparison: the results so far, to which new ones are added.
         folder: where results, and checkpoints of unfinished runs, are written.
         replicas_at_once: largest number of runs at once; None for as many as is fast and fits.
+        keep_networks: whether to keep the parameters of every run.
         interruption: asked after every epoch.
 
     Attributes:
@@ -95,11 +96,13 @@ class GridRun:
         comparison: Comparison,
         folder: Path,
         replicas_at_once: int | None,
+        keep_networks: bool,
         interruption: Interruption,
     ) -> None:
         self._grid, self._examples = grid, examples
         self._comparison, self._folder = comparison, folder
         self._limit, self._interruption = replicas_at_once, interruption
+        self._keep_networks = keep_networks
         self._steps_per_epoch = examples.dataset.train.examples // grid.recipes[0].batch_size
         self._estimated, self._compile_seconds = False, 0.0
         done = {result.key for result in comparison.results}
@@ -163,7 +166,8 @@ class GridRun:
         population = program.first(inputs)
         history: list[list[list[float]]] = []  # per epoch: loss, accuracy, validation loss
         seconds: list[float] = []
-        checkpoints = Checkpoints(self._folder / "under-way" / _name_of(part, program.count), 1)
+        name = _name_of(part, program.count)
+        checkpoints = Checkpoints(self._folder / "under-way" / name, 1)
         if saved := checkpoints.steps():
             population, so_far = checkpoints.restore(saved[-1], population)
             history, seconds = so_far["history"], so_far["seconds"]
@@ -191,6 +195,8 @@ class GridRun:
         milliseconds = 1000 * epoch_seconds / experiment.steps_per_epoch
         steps = experiment.total_steps
         tests = program.test(population)
+        if self._keep_networks:
+            networks.keep(self._folder, name, part, population)
         curves = np.moveaxis(np.asarray(history), -1, 0)
         return [
             _result(run, steps, curve, test, milliseconds, program.count)

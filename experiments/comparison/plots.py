@@ -1,29 +1,17 @@
 """The plots of a comparison, readable in black and white and at a small size."""
 
-import io
-import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import matplotlib.figure
 import numpy as np
 
+from experiments.comparison.drawing import SETTINGS, draw_estimates, scaled, styles_of, svg_of
 from experiments.comparison.significance import Candidate, Estimate, estimate
 from experiments.comparison.table import Row
 
-# Colors differ in lightness, and each has its own marker and dash.
-_COLOURS = ("#000000", "#d55e00", "#0072b2", "#e69f00", "#56b4e9", "#009e73", "#cc79a7")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_DASHES = ("-", "--", "-.", ":", (0, (5, 1)))
 _SIZE = (7.0, 3.6)
-# A fixed salt: the same numbers give the same file.
-_SETTINGS: Any = {
-    "svg.hashsalt": "bisam_jax",
-    "font.size": 11,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-}
 
 
 def accuracies(rows: Mapping[str, Row]) -> str:
@@ -33,8 +21,8 @@ def accuracies(rows: Mapping[str, Row]) -> str:
         rows: rows of a table by name, the best first; those that diverged are left out.
     """
     known = {name: row for name, row in rows.items() if row.test}
-    styles = _styles(known)
-    with matplotlib.rc_context(_SETTINGS):
+    styles = styles_of(known)
+    with matplotlib.rc_context(SETTINGS):
         figure = matplotlib.figure.Figure(
             figsize=(12, 1.4 + 0.35 * len(known)), layout="constrained"
         )
@@ -46,32 +34,10 @@ def accuracies(rows: Mapping[str, Row]) -> str:
         ):
             for name, row in known.items():
                 colour, marker, _ = styles[name]
-                mean, error = _percent(row.test)
+                mean, error = scaled(row.test)
                 axes.errorbar(costs[name], mean, yerr=error, fmt=marker, color=colour, capsize=3)
             axes.set(xlabel=label, ylabel="test accuracy (%)", xlim=(0, None))
-        return _svg(figure)
-
-
-def strengths(rises: Mapping[int, Mapping[str, Mapping[float, Estimate]]]) -> str:
-    """Draws the rise of the error against the radius, one plot per epoch, as SVG.
-
-    Args:
-        rises: by epoch, name of the ascended loss and radius.
-    """
-    with matplotlib.rc_context(_SETTINGS):
-        columns = min(3, len(rises))
-        rows = -(-len(rises) // columns)
-        figure = matplotlib.figure.Figure(figsize=(4 * columns, 3 * rows), layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes in grid.ravel()[len(rises) :]:
-            axes.set_axis_off()
-        for axes, (epoch, lines) in zip(grid.ravel(), rises.items(), strict=False):
-            for name, style in _styles(lines).items():
-                _estimates(axes, name, list(lines[name]), lines[name].values(), style)
-            axes.set(xscale="log", xlabel="rho", title=f"epoch {epoch}")
-            axes.set_ylabel("rise of the error (points)")
-        grid[0, 0].legend(fontsize=7)
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def over_label_noise(lines: Mapping[str, Mapping[float, Estimate]]) -> str:
@@ -80,17 +46,17 @@ def over_label_noise(lines: Mapping[str, Mapping[float, Estimate]]) -> str:
     Args:
         lines: by name, estimates by share of wrong labels.
     """
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = matplotlib.figure.Figure(figsize=_SIZE, layout="constrained")
         axes = figure.subplots()
-        for place, (name, style) in enumerate(_styles(lines).items()):
+        for place, (name, style) in enumerate(styles_of(lines).items()):
             # A little aside, so that intervals do not hide each other.
             aside = 0.5 * (place - len(lines) / 2)
             shares = [100 * share + aside for share in lines[name]]
-            _estimates(axes, name, shares, lines[name].values(), style)
+            draw_estimates(axes, name, shares, lines[name].values(), style)
         axes.set(xlabel="wrong training labels (%)", ylabel="test accuracy (%)")
         axes.legend(fontsize=9)
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def _bars(axes: Any, known: Mapping[str, Row], styles: Mapping[str, Any]) -> None:
@@ -100,7 +66,7 @@ def _bars(axes: Any, known: Mapping[str, Row], styles: Mapping[str, Any]) -> Non
     low = max(0, min(ends) - 0.5 * (max(ends) - min(ends)) - 0.5) if cut else 0
     for place, (name, row) in enumerate(known.items()):
         colour, marker, _ = styles[name]
-        mean, error = _percent(row.test)
+        mean, error = scaled(row.test)
         axes.barh(place, mean, xerr=error, color=colour, alpha=0.75, capsize=3)
         # The same marker as in the other plots.
         axes.plot(low + 0.03 * (max(ends) - low), place, marker, color="white")
@@ -120,13 +86,6 @@ def _ends(row: Row) -> list[float]:
     return [value for value in known if np.isfinite(value)]
 
 
-def _percent(value: Estimate | None) -> tuple[float, Any]:
-    """Returns the mean and the two lengths of its 95 % interval, in %; 0 where there is none."""
-    assert value
-    lengths = np.nan_to_num([[value.mean - value.low], [value.high - value.mean]])
-    return 100 * value.mean, (100 * lengths).tolist()
-
-
 def against(
     name: str, methods: Mapping[str, Sequence[Candidate]], chosen: Mapping[str, Candidate | None]
 ) -> str:
@@ -137,7 +96,7 @@ def against(
         methods: candidates of each method.
         chosen: the reported candidate of each method; a ring marks it.
     """
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = matplotlib.figure.Figure(figsize=_SIZE, layout="constrained")
         axes = figure.subplots()
         values = {c.values[name] for known in methods.values() for c in known if name in c.values}
@@ -145,7 +104,7 @@ def against(
             axes.set_xscale("log")
             axes.set_xticks(sorted(values), [f"{value:g}" for value in sorted(values)])
             axes.minorticks_off()
-        for number, (label, style) in enumerate(_styles(methods).items()):
+        for number, (label, style) in enumerate(styles_of(methods).items()):
             best = chosen[label]
             if best is None:
                 continue
@@ -164,15 +123,15 @@ def against(
             _line(axes, label, name, line, best, aside, style)
         axes.set(xlabel=name, ylabel="validation accuracy (%)")
         axes.legend(fontsize=8, ncols=2)
-        return _svg(figure)
+        return svg_of(figure)
 
 
 def curves(chosen: Mapping[str, Candidate | None]) -> str:
     """Draws training loss and validation accuracy of the chosen candidates by epoch, as SVG."""
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         figure = matplotlib.figure.Figure(figsize=(10, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for label, style in _styles(chosen).items():
+        for label, style in styles_of(chosen).items():
             best = chosen[label]
             if best is None:
                 continue
@@ -181,14 +140,7 @@ def curves(chosen: Mapping[str, Candidate | None]) -> str:
         left.set(xlabel="epoch", ylabel="training loss")
         right.set(xlabel="epoch", ylabel="validation accuracy (%)")
         right.legend(fontsize=9)
-        return _svg(figure)
-
-
-def _styles(labels: Iterable[str]) -> dict[str, Any]:
-    """Returns the style of each label. It is the same in all plots of the same labels."""
-    # The three counts have no common factor, so many labels have distinct styles.
-    styles = zip(*map(itertools.cycle, (_COLOURS, _MARKERS, _DASHES)), strict=True)
-    return dict(zip(sorted(labels), styles, strict=False))
+        return svg_of(figure)
 
 
 def _line(
@@ -202,7 +154,7 @@ def _line(
 ) -> None:
     colour, *_ = style
     places = [aside * candidate.values[name] for candidate in line]
-    _estimates(axes, label, places, [candidate.validation for candidate in line], style)
+    draw_estimates(axes, label, places, [candidate.validation for candidate in line], style)
     axes.plot(
         aside * best.values[name],
         100 * best.validation.mean,
@@ -210,24 +162,6 @@ def _line(
         markersize=14,
         markerfacecolor="none",
         markeredgecolor=colour,
-    )
-
-
-def _estimates(
-    axes: Any, label: str, places: Sequence[float], values: Iterable[Estimate], style: Any
-) -> None:
-    """Draws a line of means in %, with their intervals."""
-    colour, marker, dash = style
-    points = [_percent(value) for value in values]
-    axes.errorbar(
-        places,
-        [mean for mean, _ in points],
-        yerr=np.concatenate([error for _, error in points], axis=1),
-        label=label,
-        color=colour,
-        marker=marker,
-        linestyle=dash,
-        capsize=3,
     )
 
 
@@ -254,9 +188,3 @@ def _course(axes: Any, label: str, best: Candidate, column: str, scale: float, s
         markersize=5,
     )
     axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
-
-
-def _svg(figure: matplotlib.figure.Figure) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()

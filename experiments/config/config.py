@@ -167,8 +167,12 @@ def _check_model(name: str) -> None:
 
 
 def check_ranges(options: Any, ranges: Mapping[str, Range]) -> None:
-    """Raises ArgumentError if a field that is set is outside its range."""
+    """Raises ArgumentError if a field that is set, or one of its values, is out of range."""
     for name, allowed in ranges.items():
         value = getattr(options, name)
-        if value is not None and value not in allowed:
+        if isinstance(value, tuple):
+            if not value or not all(one in allowed for one in value):
+                given = " ".join(f"{one:g}" for one in value) or "none"
+                raise ArgumentError(f"{option_of(name)} must be numbers {allowed}, got {given}")
+        elif value is not None and value not in allowed:
             raise ArgumentError(f"{option_of(name)} must be finite, {allowed}, got {value}")

@@ -34,6 +34,7 @@ class DatasetSpec(NamedTuple):
         flip: whether half of the images are mirrored. Digits are not: a mirrored digit is wrong.
         cutout: share of the images that lose a square.
         checkpoint_epochs: epochs between checkpoints.
+        white: largest value of a pixel.
     """
 
     load: Callable[[Source], Dataset] = tfds_images
@@ -44,11 +45,12 @@ class DatasetSpec(NamedTuple):
     flip: bool = True
     cutout: float = 0.0
     checkpoint_epochs: int = 1
+    white: int = 255
 
 
 DATASETS = {
     "digits": DatasetSpec(
-        digits, model="mlp", epochs=50, batch_size=32, flip=False, checkpoint_epochs=10
+        digits, model="mlp", epochs=50, batch_size=32, flip=False, checkpoint_epochs=10, white=16
     ),
     "mnist": DatasetSpec(crop_padding=2, flip=False),
     "svhn_cropped": DatasetSpec(crop_padding=4, flip=False),

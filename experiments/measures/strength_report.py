@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.comparison import plots
+from experiments.comparison import drawing
 from experiments.comparison.report import html_page
 from experiments.comparison.significance import Estimate, estimate
 from experiments.comparison.words import computed_with, task_in_words
@@ -36,7 +36,9 @@ def write_strength_report(
     for number, method in enumerate(dict.fromkeys(m.method for m in measured), 1):
         rows = [m for m in measured if m.method == method]
         file = f"{number}-error.svg"
-        images[file] = plots.strengths(_rises(rows))
+        rises = {f"epoch {epoch}": lines for epoch, lines in _rises(rows).items()}
+        labels = ("rho", "rise of the error (points)")
+        images[file] = drawing.panels(rises, *labels, xscale="log", percent=True)
         parts.append(f"## Networks trained by {method}")
         parts.append(f"![Rise of the error against rho, by epoch]({file})")
         parts += [f"### After epoch {epoch}\n\n{_table(rows, epoch)}" for epoch in _epochs(rows)]

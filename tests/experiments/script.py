@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-HEARTBEAT_TIMEOUT = 15
+HEARTBEAT_TIMEOUT = 10
 
 
 def call(main, capsys, *args):

@@ -82,9 +82,7 @@ def check(name, perturbation="ce", model="mlp"):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize(
-    "name", [n if n in IN_DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in METHODS]
-)
+@pytest.mark.parametrize("name", IN_DEFAULT)
 def test_a_step_lowers_the_loss_and_moves_the_statistics_once(name):
     check(name)
 
@@ -94,15 +92,11 @@ def test_a_step_of_a_convolutional_network():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", WITH_BISAMS_LOSS)
-def test_a_step_that_ascends_bisams_loss(name):
-    check(name, "log")
-
-
-@pytest.mark.slow
-def test_methods_differ():
-    runs = {(name, "ce"): trained(name) for name in METHODS}
-    runs |= {(name, "log"): trained(name, "log") for name in WITH_BISAMS_LOSS if name != "sam"}
+def test_every_method_with_every_loss_trains_and_no_two_are_the_same():
+    all_of_them = [(name, "ce") for name in METHODS] + [(name, "log") for name in WITH_BISAMS_LOSS]
+    for name, perturbation in all_of_them:
+        check(name, perturbation)
+    runs = {run: trained(*run) for run in all_of_them if run != ("sam", "log")}
     params = {name: flat(states[2].params) for name, (states, _) in runs.items()}
     for name, other in itertools.combinations(params, 2):
         assert np.linalg.norm(params[name] - params[other]) > 1e-5, (name, other)

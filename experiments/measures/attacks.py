@@ -1,0 +1,195 @@
+"""Attacks on images: projected gradient descent in l-infinity and l2 balls.
+
+Pixels are in [0, 1], and the normalization is part of the network.
+
+References:
+    Madry et al., `Towards Deep Learning Models Resistant to Adversarial Attacks
+    <https://arxiv.org/abs/1706.06083>`_, 2018, for the attack. Zhang et al., `On the Duality
+    Between Sharpness-Aware Minimization and Adversarial Training
+    <https://arxiv.org/abs/2402.15152>`_, 2024, for the radii and the steps.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.data import dataset_spec
+from experiments.measures.trained import Trained, over_seeds
+
+CROSS_ENTROPY, MARGIN, WORST = "cross-entropy", "margin", "worst"
+# Radii and steps are given in units of pixels with 256 values.
+LEVELS = 255
+
+
+class Attack(NamedTuple):
+    """An attack.
+
+    Attributes:
+        norm: "linf" or "l2".
+        radius: in units of 1/255.
+        step: step size in units of 1/255.
+        steps: number of gradients.
+        losses: ascended losses: "cross-entropy", "margin".
+        restarts: number of random starts for each loss.
+    """
+
+    norm: Literal["linf", "l2"]
+    radius: float
+    step: float
+    steps: int = 10
+    losses: tuple[str, ...] = (CROSS_ENTROPY, MARGIN)
+    restarts: int = 2
+
+
+def usual_attack(norm: Literal["linf", "l2"], radius: float, **changed: Any) -> Attack:
+    """Returns the attack with the usual step: a quarter (linf) or an eighth (l2) of the radius."""
+    return Attack(norm, radius, radius / (4 if norm == "linf" else 8), **changed)
+
+
+class Attacker:
+    """Attacks the networks of all seeds at once, with a few compiled programs.
+
+    Args:
+        trained: the networks, with test examples.
+
+    Attributes:
+        clean_accuracy: the accuracies without an attack, float64[seeds].
+    """
+
+    def __init__(self, trained: Trained) -> None:
+        self._trained = trained
+        self._networks = (trained.params, trained.stats)
+        self._labels = jnp.asarray(trained.test.labels)
+        self._right = over_seeds(trained, self._right_of_one, (0, 0, 0, 0))
+        self._programs: dict[tuple[str, str], Callable] = {}
+        self.clean_accuracy = self.right(_pixels_of_seeds(trained)).mean(-1)
+
+    def accuracies(self, attack: Attack, source: "Attacker | None" = None) -> dict[str, np.ndarray]:
+        """Returns the accuracies under an attack, float64[seeds] by loss.
+
+        An example counts as right if it is right after every restart; under "worst", after every
+        restart with every loss.
+
+        Args:
+            attack: the attack.
+            source: attacks its own networks, of the same seeds, instead of these.
+        """
+        right = {}
+        for loss in attack.losses:
+            attacked = ((source or self).images(attack, loss, n) for n in range(attack.restarts))
+            right[loss] = np.all([self.right(pixels) for pixels in attacked], axis=0)
+        right[WORST] = np.all(list(right.values()), axis=0)
+        return {name: values.mean(-1) for name, values in right.items()}
+
+    def right(self, pixels: jax.Array) -> np.ndarray:
+        """Returns which predictions are right, bool[seeds, examples].
+
+        Args:
+            pixels: float32[seeds, examples, height, width, channels], from 0 to 1.
+        """
+        return np.asarray(self._right(*self._networks, pixels, self._labels))
+
+    def images(self, attack: Attack, loss: str, restart: int) -> jax.Array:
+        """Returns attacked pixels, float32[seeds, examples, height, width, channels].
+
+        Args:
+            attack: the attack.
+            loss: the ascended loss.
+            restart: number of the random start.
+        """
+        clean = _pixels_of_seeds(self._trained)
+        radius, step = (jnp.float32(x / LEVELS) for x in (attack.radius, attack.step))
+        key = jax.random.fold_in(jax.random.key(0), restart)
+        at = _random_start(key, clean, attack.norm, radius)
+        program = self._program(attack.norm, loss)
+        for _ in range(attack.steps):
+            at = program(*self._networks, clean, at, self._labels, radius, step)
+        return at
+
+    def _program(self, norm: str, loss: str) -> Callable:
+        """Returns the compiled step, the same for every radius and number of steps."""
+        if (norm, loss) not in self._programs:
+
+            def one(params: Any, stats: Any, clean: Any, at: Any, labels: Any, *sizes: Any) -> Any:
+                def total(pixels: jax.Array) -> jax.Array:
+                    logits = self._logits(params, stats, pixels)
+                    return _LOSSES[loss](logits, labels).sum()
+
+                return _ascended(clean, at, jax.grad(total)(at), norm, *sizes)
+
+            axes = (0, 0, 0, 0, 0, None, None)
+            self._programs[norm, loss] = over_seeds(self._trained, one, axes)
+        return self._programs[norm, loss]
+
+    def _logits(self, params: Any, stats: Any, pixels: jax.Array) -> jax.Array:
+        white = dataset_spec(self._trained.recipe.dataset).white
+        return self._trained.experiment.predict(params, stats, white * pixels)
+
+    def _right_of_one(
+        self, params: Any, stats: Any, pixels: jax.Array, labels: jax.Array
+    ) -> jax.Array:
+        return self._logits(params, stats, pixels).argmax(-1) == labels
+
+
+def margin_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns how far another class is above the label's, float32[examples].
+
+    References:
+        Carlini and Wagner, `Towards Evaluating the Robustness of Neural Networks
+        <https://arxiv.org/abs/1608.04644>`_, 2017
+    """
+    is_label = jax.nn.one_hot(labels, logits.shape[-1], dtype=bool)
+    own = jnp.where(is_label, logits, -jnp.inf).max(-1)
+    return jnp.where(is_label, -jnp.inf, logits).max(-1) - own
+
+
+_LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    CROSS_ENTROPY: optax.losses.softmax_cross_entropy_with_integer_labels,
+    MARGIN: margin_loss,
+}
+
+
+def _pixels_of_seeds(trained: Trained) -> jax.Array:
+    pixels = jnp.asarray(trained.test.images, jnp.float32)
+    pixels = pixels / dataset_spec(trained.recipe.dataset).white
+    return jnp.broadcast_to(pixels[None], (len(trained.seeds), *pixels.shape))
+
+
+def _random_start(key: jax.Array, clean: jax.Array, norm: str, radius: jax.Array) -> jax.Array:
+    """Returns pixels at a random place in the ball of each example."""
+    if norm == "linf":
+        noise = jax.random.uniform(key, clean.shape, clean.dtype, -radius, radius)
+        return jnp.clip(clean + noise, 0, 1)
+    along, how_far = jax.random.split(key)
+    direction = jax.random.normal(along, clean.shape, clean.dtype)
+    share = jax.random.uniform(how_far, (*clean.shape[:2], 1, 1, 1), clean.dtype)
+    return jnp.clip(clean + share * radius * direction / _norms(direction), 0, 1)
+
+
+def _ascended(
+    clean: jax.Array,
+    at: jax.Array,
+    gradient: jax.Array,
+    norm: str,
+    radius: jax.Array,
+    step: jax.Array,
+) -> jax.Array:
+    """Moves the pixels along the gradient, back into the ball, and back into [0, 1]."""
+    if norm == "linf":
+        moved = at + step * jnp.sign(gradient) - clean
+        return jnp.clip(clean + jnp.clip(moved, -radius, radius), 0, 1)
+    norms = _norms(gradient)
+    direction = jnp.where(norms > 0, gradient / jnp.where(norms > 0, norms, 1), 0)
+    moved = at + step * direction - clean
+    lengths = _norms(moved)
+    inside = moved * jnp.minimum(1, radius / jnp.where(lengths > 0, lengths, 1))
+    return jnp.clip(clean + inside, 0, 1)
+
+
+def _norms(x: jax.Array) -> jax.Array:
+    """Returns the l2 norm of each image."""
+    return jnp.sqrt(jnp.square(x).sum((-3, -2, -1), keepdims=True))
