@@ -14,9 +14,8 @@ from experiments.config.config import check_ranges
 from experiments.config.hyperparameters import Range
 from experiments.data import base_name
 from experiments.measures.command import TrainedNetworks, about, errors_in_one_line, folder_for
+from experiments.measures.findings import Finding, Measures
 from experiments.measures.sharpness import (
-    Finding,
-    Measures,
     grid_of,
     measured_curvature,
     measured_sharpness,

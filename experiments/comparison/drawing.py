@@ -60,6 +60,10 @@ def panels(
                 draw = draw_estimates if len(line) <= _MOST_MARKERS else _band
                 draw(axes, name, list(line), line.values(), styles[name], 100 if percent else 1)
             axes.set(xscale=xscale, xlabel=xlabel, yscale=yscale, ylabel=ylabel, title=title)
+            places = sorted({place for line in panel.values() for place in line})
+            if xscale == "log" and len(places) <= _MOST_MARKERS:
+                axes.set_xticks(places, [f"{place:g}" for place in places])
+                axes.minorticks_off()
             if floor is not None:
                 axes.set_ylim(bottom=floor)
         grid[0, 0].legend(fontsize=7)

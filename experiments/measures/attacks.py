@@ -9,6 +9,7 @@ References:
     <https://arxiv.org/abs/2402.15152>`_, 2024, for the radii and the steps.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -19,6 +20,7 @@ import optax
 
 from experiments.data import dataset_spec
 from experiments.measures.trained import Trained, over_seeds
+from experiments.step.evaluation import Predict
 
 CROSS_ENTROPY, MARGIN, WORST = "cross-entropy", "margin", "worst"
 # Radii and steps are given in units of pixels with 256 values.
@@ -51,7 +53,7 @@ def usual_attack(norm: Literal["linf", "l2"], radius: float, **changed: Any) -> 
 
 
 class Attacker:
-    """Attacks the networks of all seeds at once, with a few compiled programs.
+    """Attacks the networks of all seeds at once.
 
     Args:
         trained: the networks, with test examples.
@@ -61,12 +63,13 @@ class Attacker:
     """
 
     def __init__(self, trained: Trained) -> None:
-        self._trained = trained
+        self._how = (trained.predict, trained.convolutional)
+        self._white = dataset_spec(trained.recipe.dataset).white
         self._networks = (trained.params, trained.stats)
         self._labels = jnp.asarray(trained.test.labels)
-        self._right = over_seeds(trained, self._right_of_one, (0, 0, 0, 0))
-        self._programs: dict[tuple[str, str], Callable] = {}
-        self.clean_accuracy = self.right(_pixels_of_seeds(trained)).mean(-1)
+        pixels = jnp.asarray(trained.test.images, jnp.float32) / self._white
+        self._clean = jnp.broadcast_to(pixels[None], (len(trained.seeds), *pixels.shape))
+        self.clean_accuracy = self.right(self._clean).mean(-1)
 
     def accuracies(self, attack: Attack, source: "Attacker | None" = None) -> dict[str, np.ndarray]:
         """Returns the accuracies under an attack, float64[seeds] by loss.
@@ -91,7 +94,8 @@ class Attacker:
         Args:
             pixels: float32[seeds, examples, height, width, channels], from 0 to 1.
         """
-        return np.asarray(self._right(*self._networks, pixels, self._labels))
+        program = _right(*self._how, self._white)
+        return np.asarray(program(*self._networks, pixels, self._labels))
 
     def images(self, attack: Attack, loss: str, restart: int) -> jax.Array:
         """Returns attacked pixels, float32[seeds, examples, height, width, channels].
@@ -101,38 +105,39 @@ class Attacker:
             loss: the ascended loss.
             restart: number of the random start.
         """
-        clean = _pixels_of_seeds(self._trained)
         radius, step = (jnp.float32(x / LEVELS) for x in (attack.radius, attack.step))
         key = jax.random.fold_in(jax.random.key(0), restart)
-        at = _random_start(key, clean, attack.norm, radius)
-        program = self._program(attack.norm, loss)
+        at = _random_start(key, self._clean, attack.norm, radius)
+        program = _step(*self._how, self._white, attack.norm, loss)
         for _ in range(attack.steps):
-            at = program(*self._networks, clean, at, self._labels, radius, step)
+            at = program(*self._networks, self._clean, at, self._labels, radius, step)
         return at
 
-    def _program(self, norm: str, loss: str) -> Callable:
-        """Returns the compiled step, the same for every radius and number of steps."""
-        if (norm, loss) not in self._programs:
 
-            def one(params: Any, stats: Any, clean: Any, at: Any, labels: Any, *sizes: Any) -> Any:
-                def total(pixels: jax.Array) -> jax.Array:
-                    logits = self._logits(params, stats, pixels)
-                    return _LOSSES[loss](logits, labels).sum()
+# Programs are compiled once for all networks, radii and numbers of steps.
 
-                return _ascended(clean, at, jax.grad(total)(at), norm, *sizes)
 
-            axes = (0, 0, 0, 0, 0, None, None)
-            self._programs[norm, loss] = over_seeds(self._trained, one, axes)
-        return self._programs[norm, loss]
+@functools.cache
+def _right(predict: Predict, convolutional: bool, white: int) -> Callable:
+    """Returns the program that says which predictions are right."""
 
-    def _logits(self, params: Any, stats: Any, pixels: jax.Array) -> jax.Array:
-        white = dataset_spec(self._trained.recipe.dataset).white
-        return self._trained.experiment.predict(params, stats, white * pixels)
+    def right(params: Any, stats: Any, pixels: jax.Array, labels: jax.Array) -> jax.Array:
+        return predict(params, stats, white * pixels).argmax(-1) == labels
 
-    def _right_of_one(
-        self, params: Any, stats: Any, pixels: jax.Array, labels: jax.Array
-    ) -> jax.Array:
-        return self._logits(params, stats, pixels).argmax(-1) == labels
+    return over_seeds(right, (0, 0, 0, 0), convolutional)
+
+
+@functools.cache
+def _step(predict: Predict, convolutional: bool, white: int, norm: str, loss: str) -> Callable:
+    """Returns the program of one step of an attack."""
+
+    def step(params: Any, stats: Any, clean: Any, at: Any, labels: Any, *sizes: Any) -> Any:
+        def total(pixels: jax.Array) -> jax.Array:
+            return _LOSSES[loss](predict(params, stats, white * pixels), labels).sum()
+
+        return _ascended(clean, at, jax.grad(total)(at), norm, *sizes)
+
+    return over_seeds(step, (0, 0, 0, 0, 0, None, None), convolutional)
 
 
 def margin_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -151,12 +156,6 @@ _LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     CROSS_ENTROPY: optax.losses.softmax_cross_entropy_with_integer_labels,
     MARGIN: margin_loss,
 }
-
-
-def _pixels_of_seeds(trained: Trained) -> jax.Array:
-    pixels = jnp.asarray(trained.test.images, jnp.float32)
-    pixels = pixels / dataset_spec(trained.recipe.dataset).white
-    return jnp.broadcast_to(pixels[None], (len(trained.seeds), *pixels.shape))
 
 
 def _random_start(key: jax.Array, clean: jax.Array, norm: str, radius: jax.Array) -> jax.Array:

@@ -4,9 +4,10 @@ Batch statistics are the running ones, and they stay fixed: what is measured is 
 parameters only. Nothing is dropped out.
 """
 
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,61 +15,15 @@ import numpy as np
 import optax
 
 import bisam_jax
+from experiments.measures.findings import Finding, Measures
 from experiments.measures.trained import Trained, over_seeds
+from experiments.step.evaluation import Predict
 from experiments.system import machine
 from experiments.system.command_line import ArgumentError
 
 ONE_STEP, WORST, RANDOM = "one step", "worst case", "random"
 PLAIN_BALL, ADAPTIVE_BALL = "l2", "adaptive l2"
 SHARE_OF_MEMORY = 0.8
-
-
-class Finding(NamedTuple):
-    """One measured number of one network.
-
-    Attributes:
-        network: name of the networks that differ only in their seed.
-        seed: random seed.
-        quantity: what was measured.
-        ball: "l2", "adaptive l2", or "" for what has no ball.
-        at: radius, number of an eigenvalue, place in a spectrum or in a slice; NaN for one number.
-        value: the number.
-        uncertainty: its standard error, or the residual of an eigenvalue; NaN if it is exact.
-    """
-
-    network: str
-    seed: int
-    quantity: str
-    ball: str
-    at: float
-    value: float
-    uncertainty: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Measures:
-    """What to measure.
-
-    Attributes:
-        radii: radii of l2 balls.
-        adaptive_radii: radii of adaptive l2 balls.
-        steps: number of gradients of the ascent to the worst case.
-        directions: number of random directions.
-        eigenvalues: number of largest eigenvalues.
-        num_matvecs: number of products with the Hessian, for the eigenvalues and for each probe of
-            the spectrum.
-        normalised_logits: whether the logits are normalized.
-        microbatch_size: number of examples in memory at a time; None for all.
-    """
-
-    radii: tuple[float, ...]
-    adaptive_radii: tuple[float, ...]
-    steps: int
-    directions: int
-    eigenvalues: int
-    num_matvecs: int
-    normalised_logits: bool
-    microbatch_size: int | None
 
 
 Loss = Callable[[Any, Any], jax.Array]
@@ -89,7 +44,7 @@ def normalised(logits: jax.Array) -> jax.Array:
     return centered * jax.lax.rsqrt(jnp.where(variance > 0, variance, 1.0))
 
 
-def loss_of(trained: Trained, stats: Any, normalised_logits: bool) -> Loss:
+def loss_of(predict: Predict, stats: Any, normalised_logits: bool) -> Loss:
     """Returns `loss(params, (images, labels))`: the cross-entropy, float32[examples].
 
     There is no label smoothing, so that runs with and without it can be compared.
@@ -97,7 +52,7 @@ def loss_of(trained: Trained, stats: Any, normalised_logits: bool) -> Loss:
 
     def loss(params: Any, batch: Any) -> jax.Array:
         images, labels = batch
-        logits = trained.experiment.predict(params, stats, images)
+        logits = predict(params, stats, images)
         logits = normalised(logits) if normalised_logits else logits
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
 
@@ -106,21 +61,23 @@ def loss_of(trained: Trained, stats: Any, normalised_logits: bool) -> Loss:
 
 def measured_sharpness(trained: Trained, measures: Measures) -> list[Finding]:
     """Measures losses and errors, and how they rise in balls around the parameters."""
-    found = list(_clean(trained, measures))
-    for ball, radii in (
-        (PLAIN_BALL, measures.radii),
-        (ADAPTIVE_BALL, measures.adaptive_radii),
-    ):
-        for quantity, function in (
-            (ONE_STEP, _rises(trained, measures, ball, 1)),
-            (WORST, _rises(trained, measures, ball, measures.steps)),
-            (RANDOM, _random(trained, measures, ball)),
-        ):
-            for rho in radii if function else ():
-                rises = jax.device_get(function(*_arguments(trained), jnp.float32(rho)))
-                for name, (values, errors) in rises.items():
-                    what = f"{name}, {quantity}"
-                    found += _numbers(trained, what, ball, rho, values, errors)
+    how = (trained.predict, trained.convolutional, measures)
+    arguments = (trained.params, trained.stats, *trained.train)
+    loss, error = jax.device_get(_clean(*how)(*arguments))
+    _, test = jax.device_get(_clean(*how)(trained.params, trained.stats, *trained.test))
+    found = []
+    for name, values in (("loss", loss), ("error", error), ("test error", test)):
+        found += _findings(trained, name, "", np.nan, values)
+    for ball, radii in ((PLAIN_BALL, measures.radii), (ADAPTIVE_BALL, measures.adaptive_radii)):
+        programs = {
+            ONE_STEP: _rises(*how, ball, 1),
+            WORST: _rises(*how, ball, measures.steps),
+            RANDOM: _random(*how, ball),
+        }
+        for (quantity, program), rho in itertools.product(programs.items(), radii):
+            rises = jax.device_get(program(*arguments, jnp.float32(rho)))
+            for name, (values, errors) in rises.items():
+                found += _findings(trained, f"{name}, {quantity}", ball, rho, values, errors)
     return found
 
 
@@ -130,28 +87,15 @@ def measured_curvature(trained: Trained, measures: Measures) -> list[Finding]:
     Raises:
         ArgumentError: if the products do not fit in memory.
     """
-    size = _size(trained)
-    depth = min(measures.num_matvecs, size)
+    depth = min(measures.num_matvecs, _size(trained))
     _check_memory(trained, depth)
-
-    def curvature(params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> Any:
-        loss = loss_of(trained, stats, measures.normalised_logits)
-        rest = ((images, labels),)
-        shared: Any = {"key": 0, "microbatch_size": measures.microbatch_size}
-        top = bisam_jax.hessian_eigenvalues(
-            loss, params, *rest, min(measures.eigenvalues, depth), num_matvecs=depth, **shared
-        )
-        trace = bisam_jax.hessian_trace(
-            loss, params, *rest, num_samples=measures.directions, **shared
-        )
-        return top, trace
-
-    top, trace = jax.device_get(over_seeds(trained, curvature, _AXES)(*_arguments(trained)))
+    program = _curvature(trained.predict, trained.convolutional, measures, depth)
+    top, trace = jax.device_get(program(trained.params, trained.stats, *trained.train))
     found = []
     for number in range(top.values.shape[1]):
         values, residuals = top.values[:, number], top.residuals[:, number]
-        found += _numbers(trained, "eigenvalue", "", number + 1, values, residuals)
-    return found + _numbers(trained, "trace", "", np.nan, trace.mean, trace.standard_error)
+        found += _findings(trained, "eigenvalue", "", number + 1, values, residuals)
+    return found + _findings(trained, "trace", "", np.nan, trace.mean, trace.standard_error)
 
 
 def measured_spectrum(
@@ -166,50 +110,32 @@ def measured_spectrum(
         width: standard deviation of the smoothing.
     """
     depth = min(measures.num_matvecs, _size(trained))
-
-    def density(params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> Any:
-        return bisam_jax.spectral_density(
-            loss_of(trained, stats, measures.normalised_logits),
-            params,
-            (images, labels),
-            grid=jnp.asarray(grid, jnp.float32),
-            width=width,
-            key=1,
-            num_matvecs=depth,
-            microbatch_size=measures.microbatch_size,
-        )
-
-    mean, errors = jax.device_get(over_seeds(trained, density, _AXES)(*_arguments(trained)))
+    program = _density(trained.predict, trained.convolutional, measures, depth)
+    arguments = (trained.params, trained.stats, *trained.train)
+    mean, errors = jax.device_get(program(*arguments, jnp.float32(grid), jnp.float32(width)))
     found = []
     for place, at in enumerate(grid.tolist()):
-        found += _numbers(trained, "density", "", at, mean[:, place], errors[:, place])
+        found += _findings(trained, "density", "", at, mean[:, place], errors[:, place])
     return found
 
 
+# Parameters and statistics, images, labels. Programs are compiled once for all networks.
 _AXES = (0, 0, None, 0)
 
 
-def _arguments(trained: Trained) -> tuple[Any, ...]:
-    return trained.params, trained.stats, trained.train.images, trained.train.labels
+def _error(predict: Predict, params: Any, stats: Any, batch: Any) -> jax.Array:
+    return (predict(params, stats, batch[0]).argmax(-1) != batch[1]).mean()
 
 
-def _error(
-    trained: Trained, params: Any, stats: Any, images: jax.Array, labels: jax.Array
-) -> jax.Array:
-    return (trained.experiment.predict(params, stats, images).argmax(-1) != labels).mean()
+@functools.cache
+def _clean(predict: Predict, convolutional: bool, measures: Measures) -> Any:
+    """Returns loss and error."""
 
+    def clean(params: Any, stats: Any, *batch: jax.Array) -> Any:
+        loss = loss_of(predict, stats, measures.normalised_logits)(params, batch)
+        return loss.mean(), _error(predict, params, stats, batch)
 
-def _clean(trained: Trained, measures: Measures) -> Iterator[Finding]:
-    def clean(params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> Any:
-        loss = loss_of(trained, stats, measures.normalised_logits)(params, (images, labels))
-        return loss.mean(), _error(trained, params, stats, images, labels)
-
-    function = over_seeds(trained, clean, _AXES)
-    loss, error = jax.device_get(function(*_arguments(trained)))
-    yield from _numbers(trained, "loss", "", np.nan, loss)
-    yield from _numbers(trained, "error", "", np.nan, error)
-    test = (trained.params, trained.stats, *trained.test)
-    yield from _numbers(trained, "test error", "", np.nan, jax.device_get(function(*test))[1])
+    return over_seeds(clean, _AXES, convolutional)
 
 
 def _ball(name: str, rho: Any) -> optax.GradientTransformation:
@@ -217,30 +143,33 @@ def _ball(name: str, rho: Any) -> optax.GradientTransformation:
     return bisam_jax.l2_ball(rho) if name == PLAIN_BALL else bisam_jax.adaptive_l2_ball(rho, eta=0)
 
 
-def _rises(trained: Trained, measures: Measures, ball: str, steps: int) -> Any:
+@functools.cache
+def _rises(predict: Predict, convolutional: bool, measures: Measures, ball: str, steps: int) -> Any:
     """Returns the rise of loss and error at the point that an ascent finds."""
 
-    def rises(params: Any, stats: Any, images: jax.Array, labels: jax.Array, rho: jax.Array) -> Any:
+    def rises(params: Any, stats: Any, images: Any, labels: Any, rho: jax.Array) -> Any:
+        batch = (images, labels)
         rise, point = bisam_jax.sharpness(
-            loss_of(trained, stats, measures.normalised_logits),
+            loss_of(predict, stats, measures.normalised_logits),
             params,
-            (images, labels),
+            batch,
             _ball(ball, rho),
             steps=steps,
             microbatch_size=measures.microbatch_size,
         )
-        there, here = (_error(trained, at, stats, images, labels) for at in (point, params))
+        there, here = (_error(predict, at, stats, batch) for at in (point, params))
         return {"rise of the loss": (rise, jnp.nan), "rise of the error": (there - here, jnp.nan)}
 
-    return over_seeds(trained, rises, (*_AXES, None))
+    return over_seeds(rises, (*_AXES, None), convolutional)
 
 
-def _random(trained: Trained, measures: Measures, ball: str) -> Any:
+@functools.cache
+def _random(predict: Predict, convolutional: bool, measures: Measures, ball: str) -> Any:
     """Returns the mean rise of the loss in random directions."""
 
-    def rises(params: Any, stats: Any, images: jax.Array, labels: jax.Array, rho: jax.Array) -> Any:
+    def rises(params: Any, stats: Any, images: Any, labels: Any, rho: jax.Array) -> Any:
         mean = bisam_jax.average_sharpness(
-            loss_of(trained, stats, measures.normalised_logits),
+            loss_of(predict, stats, measures.normalised_logits),
             params,
             (images, labels),
             _ball(ball, rho),
@@ -250,10 +179,47 @@ def _random(trained: Trained, measures: Measures, ball: str) -> Any:
         )
         return {"rise of the loss": tuple(mean)}
 
-    return over_seeds(trained, rises, (*_AXES, None))
+    return over_seeds(rises, (*_AXES, None), convolutional)
 
 
-def _numbers(
+@functools.cache
+def _curvature(predict: Predict, convolutional: bool, measures: Measures, depth: int) -> Any:
+    """Returns the largest eigenvalues and the trace."""
+
+    def curvature(params: Any, stats: Any, *batch: jax.Array) -> Any:
+        rest = (loss_of(predict, stats, measures.normalised_logits), params, batch)
+        shared: Any = {"key": 0, "microbatch_size": measures.microbatch_size}
+        k = min(measures.eigenvalues, depth)
+        return (
+            bisam_jax.hessian_eigenvalues(*rest, k, num_matvecs=depth, **shared),
+            bisam_jax.hessian_trace(*rest, num_samples=measures.directions, **shared),
+        )
+
+    return over_seeds(curvature, _AXES, convolutional)
+
+
+@functools.cache
+def _density(predict: Predict, convolutional: bool, measures: Measures, depth: int) -> Any:
+    """Returns the density of the eigenvalues."""
+
+    def density(
+        params: Any, stats: Any, images: Any, labels: Any, grid: jax.Array, width: jax.Array
+    ) -> Any:
+        return bisam_jax.spectral_density(
+            loss_of(predict, stats, measures.normalised_logits),
+            params,
+            (images, labels),
+            grid=grid,
+            width=width,
+            key=1,
+            num_matvecs=depth,
+            microbatch_size=measures.microbatch_size,
+        )
+
+    return over_seeds(density, (*_AXES, None, None), convolutional)
+
+
+def _findings(
     trained: Trained, quantity: str, ball: str, at: float, values: Any, errors: Any = np.nan
 ) -> list[Finding]:
     errors = np.broadcast_to(errors, np.shape(values))

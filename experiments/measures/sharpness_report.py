@@ -9,14 +9,13 @@ from experiments.comparison import drawing
 from experiments.comparison.report import html_page
 from experiments.comparison.significance import Estimate, estimate
 from experiments.comparison.words import computed_with, task_in_words
+from experiments.measures.findings import Finding, Measures
 from experiments.measures.sharpness import (
     ADAPTIVE_BALL,
     ONE_STEP,
     PLAIN_BALL,
     RANDOM,
     WORST,
-    Finding,
-    Measures,
 )
 from experiments.measures.slices import Slices
 from experiments.system import files
@@ -104,7 +103,7 @@ def _images(numbers: Sequence[Finding], slices: Mapping[str, Slices]) -> dict[st
         drawing.panels(
             {"": lines_of(numbers, "density")}, "eigenvalue", "density", yscale="log", floor=1e-6
         ),
-        drawing.panels(along, "step", "loss"),
+        drawing.panels(along, "step", "loss", yscale="log"),
         drawing.contours({n: s.plane for n, s in slices.items()}, places, "ascent", "random"),
     )
     return dict(zip(_ALT, made, strict=True))

@@ -9,6 +9,7 @@ References:
     2018
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ import optax
 
 from experiments.measures.sharpness import loss_of
 from experiments.measures.trained import Trained, over_seeds
+from experiments.step.evaluation import Predict
 
 
 class Slices(NamedTuple):
@@ -62,23 +64,11 @@ def measured_slices(trained: Trained, points: int, normalised_logits: bool) -> S
         normalised_logits: see :class:`experiments.measures.sharpness.Measures`.
     """
 
-    def directions(params: Any, stats: Any, images: jax.Array, labels: jax.Array) -> Any:
-        loss = loss_of(trained, stats, normalised_logits)
-        gradient = jax.grad(lambda at: loss(at, (images, labels)).mean())(params)
-        normal = optax.tree.random_like(jax.random.key(3), params, jax.random.normal)
-        return filter_normalised(gradient, params), filter_normalised(normal, params)
-
-    def at(
-        params: Any, stats: Any, images: jax.Array, labels: jax.Array, both: Any, places: Any
-    ) -> jax.Array:
-        moved = jax.tree.map(lambda w, a, b: w + places[0] * a + places[1] * b, params, *both)
-        return loss_of(trained, stats, normalised_logits)(moved, (images, labels)).mean()
-
+    how = (trained.predict, trained.convolutional, normalised_logits)
+    directions, along, single = _programs(*how)
     images, all_labels = trained.train
     arguments = (trained.params, trained.stats, images, all_labels)
-    axes = (0, 0, None, 0)
-    both = over_seeds(trained, directions, axes)(*arguments)
-    along = over_seeds(trained, at, (*axes, 0, None))
+    both = directions(*arguments)
     places = np.linspace(-1, 1, points, dtype=np.float32)
 
     def line(direction: int) -> np.ndarray:
@@ -88,9 +78,32 @@ def measured_slices(trained: Trained, points: int, normalised_logits: bool) -> S
     params, stats, labels, of_first = jax.tree.map(
         lambda x: x[0], (trained.params, trained.stats, all_labels, both)
     )
-    single = jax.jit(at)
     plane = [
         [single(params, stats, images, labels, of_first, jnp.asarray((a, b))) for b in places]
         for a in places
     ]
     return Slices(places, line(0), line(1), np.asarray(jax.device_get(plane)))
+
+
+@functools.cache
+def _programs(predict: Predict, convolutional: bool, normalised_logits: bool) -> tuple[Any, ...]:
+    """Returns the directions, the loss along them for all seeds, and the same for one seed."""
+
+    def directions(params: Any, stats: Any, *batch: jax.Array) -> Any:
+        loss = loss_of(predict, stats, normalised_logits)
+        gradient = jax.grad(lambda at: loss(at, batch).mean())(params)
+        normal = optax.tree.random_like(jax.random.key(3), params, jax.random.normal)
+        return filter_normalised(gradient, params), filter_normalised(normal, params)
+
+    def at(
+        params: Any, stats: Any, images: jax.Array, labels: jax.Array, both: Any, steps: jax.Array
+    ) -> jax.Array:
+        moved = jax.tree.map(lambda w, a, b: w + steps[0] * a + steps[1] * b, params, *both)
+        return loss_of(predict, stats, normalised_logits)(moved, (images, labels)).mean()
+
+    axes = (0, 0, None, 0)
+    return (
+        over_seeds(directions, axes, convolutional),
+        over_seeds(at, (*axes, 0, None), convolutional),
+        jax.jit(at),
+    )

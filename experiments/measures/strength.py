@@ -19,7 +19,7 @@ TRAINING_LOSS = "ce"
 
 
 class Strength(NamedTuple):
-    """The means over some batches of the training part.
+    """The numbers of one batch of the training part, or means over several.
 
     Attributes:
         loss_rise: float32[losses, radii], rise of the training loss at the perturbed parameters.
@@ -56,20 +56,19 @@ def ascended_losses(
 
 
 def make_strength(
-    experiment: Experiment, losses: Mapping[str, PerExample], batches: int
+    experiment: Experiment, losses: Mapping[str, PerExample]
 ) -> Callable[[Any, Any, jax.Array, jax.Array, jax.Array], Strength]:
     """Returns `strength(params, stats, images, labels, radii)`.
 
-    Each batch is perturbed by itself, as in a training step: batch statistics are those of the
-    batch, and every loss is ascended by one step in an l2 ball.
+    The images and labels are one batch, which is perturbed by itself as in a training step: batch
+    statistics are those of the batch, and every loss is ascended by one step in an l2 ball.
 
     Args:
-        experiment: the model and the batch size.
+        experiment: the model.
         losses: see :func:`ascended_losses`.
-        batches: number of batches; the images are the first ones of the training part.
     """
     recipe, dataset = experiment.recipe, experiment.dataset
-    size = recipe.batch_size
+    convolutional = models.architecture(recipe.model).convolutional
     _, apply = models.build(
         recipe.model, dataset.image_shape, dataset.classes, dtype=jnp.dtype(recipe.precision)
     )
@@ -77,49 +76,45 @@ def make_strength(
     def strength(
         params: Any, stats: Any, images: jax.Array, labels: jax.Array, radii: jax.Array
     ) -> Strength:
-        def logits_of(at: Any, batch: Any) -> jax.Array:
-            pixels = augmentation.normalise(batch[0], dataset.mean, dataset.std)
-            keys = jax.random.split(jax.random.key(0), len(batch[1]))
+        pixels = augmentation.normalise(images, dataset.mean, dataset.std)
+        keys = jax.random.split(jax.random.key(0), len(labels))
+
+        def logits_of(at: Any) -> jax.Array:
             return apply(at, stats, pixels, train=True, keys=keys)[0]
 
         def of_logits(loss: PerExample) -> Callable[[Any, Any], jax.Array]:
-            return lambda at, batch: loss(logits_of(at, batch), batch[1])
+            return lambda at, labels: loss(logits_of(at), labels)
+
+        def error(at: Any) -> jax.Array:
+            return (logits_of(at).argmax(-1) != labels).mean()
+
+        def gradient(loss: Callable) -> Any:
+            return jax.grad(lambda at: loss(at, labels).mean())(params)
 
         descended = of_logits(losses[TRAINING_LOSS])
+        plain, clean = gradient(descended), error(params)
 
-        def of_batch(batch: Any) -> Strength:
-            def error(at: Any) -> jax.Array:
-                return (logits_of(at, batch).argmax(-1) != batch[1]).mean()
+        def of_loss(ascended: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
+            def at_radius(rho: jax.Array) -> tuple[jax.Array, jax.Array]:
+                rise, point = bisam_jax.sharpness(
+                    descended,
+                    params,
+                    labels,
+                    bisam_jax.l2_ball(rho),
+                    perturbation_loss_fn=ascended,
+                )
+                return rise, error(point) - clean
 
-            def gradient(loss: Callable) -> Any:
-                return jax.grad(lambda at: loss(at, batch).mean())(params)
+            ours = gradient(ascended)
+            product = optax.tree.vdot(plain, ours)
+            norms = optax.tree.norm(plain) * optax.tree.norm(ours)
+            cosine = jnp.asarray(product / jnp.where(norms > 0, norms, 1.0))
+            # Convolutions with many kernels at once are slow.
+            rises = zip(*map(at_radius, radii), strict=True) if convolutional else None
+            loss_rise, error_rise = map(jnp.stack, rises) if rises else jax.vmap(at_radius)(radii)
+            return loss_rise, error_rise, cosine
 
-            plain, clean = gradient(descended), error(params)
-
-            def of_loss(ascended: Callable) -> tuple[jax.Array, jax.Array, jax.Array]:
-                def at_radius(rho: jax.Array) -> tuple[jax.Array, jax.Array]:
-                    rise, point = bisam_jax.sharpness(
-                        descended,
-                        params,
-                        batch,
-                        bisam_jax.l2_ball(rho),
-                        perturbation_loss_fn=ascended,
-                    )
-                    return rise, error(point) - clean
-
-                ours = gradient(ascended)
-                product = optax.tree.vdot(plain, ours)
-                norms = optax.tree.norm(plain) * optax.tree.norm(ours)
-                cosine = jnp.asarray(product / jnp.where(norms > 0, norms, 1.0))
-                return *jax.vmap(at_radius)(radii), cosine
-
-            measured = [of_loss(of_logits(loss)) for loss in losses.values()]
-            return Strength(*map(jnp.stack, zip(*measured, strict=True)))
-
-        def parts(x: jax.Array) -> jax.Array:
-            return x[: batches * size].reshape(batches, size, *x.shape[1:])
-
-        per_batch = jax.lax.map(of_batch, (parts(images), parts(labels)))
-        return jax.tree.map(lambda x: x.mean(0), per_batch)
+        measured = [of_loss(of_logits(loss)) for loss in losses.values()]
+        return Strength(*map(jnp.stack, zip(*measured, strict=True)))
 
     return strength

@@ -13,7 +13,8 @@ from experiments.comparison import capacity
 from experiments.comparison.grid import Grid
 from experiments.comparison.grid_run import Examples, examples_of
 from experiments.config.recipe import Recipe
-from experiments.measures.strength import ascended_losses, make_strength
+from experiments.measures.strength import Strength, ascended_losses, make_strength
+from experiments.measures.trained import over_seeds
 from experiments.step.feeds import InMemory
 from experiments.system import progress
 from experiments.system.command_line import ArgumentError
@@ -99,47 +100,34 @@ def _measured_group(
 ) -> list[Measured]:
     experiment = examples.experiment(group[0])
     losses = ascended_losses(group[0].label_smoothing, mus, alphas)
-    one = make_strength(experiment, losses, batches)
     program = capacity.program(experiment, len(group), None)
-    images = cast(InMemory, experiment.train).split.images
-    over_replicas = jax.vmap if program.at_once else _one_after_another
-    measure = jax.jit(over_replicas(one, (0, 0, None, 0, None)))
+    images = np.asarray(cast(InMemory, experiment.train).split.images)
+    strength = make_strength(experiment, losses)
+    measure = over_seeds(strength, (0, 0, None, 0, None), not program.at_once)
+    size = group[0].batch_size
+
+    def means(params: Any, stats: Any, labels: np.ndarray) -> Strength:
+        parts = [slice(start, start + size) for start in range(0, batches * size, size)]
+        found = [
+            jax.device_get(measure(params, stats, images[p], labels[:, p], jnp.asarray(radii)))
+            for p in parts
+        ]
+        return jax.tree.map(lambda *x: np.mean(x, axis=0), *found)
+
     found: list[Measured] = []
     for start in range(0, len(group), program.count):
         part = group[start : start + program.count]
         inputs = program.inputs(part, examples.labels)
+        labels = np.asarray(inputs.train_labels)
         population = program.first(inputs)
         for epoch in range(epochs[-1] + 1):
             if epoch in epochs:
-                state = population.state
-                args = (state.params, state.stats, images, inputs.train_labels, jnp.asarray(radii))
-                strength = jax.device_get(measure(*jax.device_get(args)))
-                found += _rows(part, epoch, tuple(losses), radii, strength)
+                params, stats = jax.device_get((population.state.params, population.state.stats))
+                found += _rows(part, epoch, tuple(losses), radii, means(params, stats, labels))
             if epoch < epochs[-1]:
                 population, _ = program.epoch(population, inputs, epoch)
                 bar.advance(1 if start == 0 else 0)
     return found
-
-
-def _one_after_another(function: Any, axes: Sequence[int | None]) -> Any:
-    """Acts as `jax.vmap`, for convolutions, which are slow with many kernels at once."""
-
-    def mapped(*arguments: Any) -> Any:
-        (count,) = {
-            len(jax.tree.leaves(a)[0]) for a, axis in zip(arguments, axes, strict=True) if axis == 0
-        }
-        results = [
-            function(
-                *(
-                    argument if axis is None else jax.tree.map(lambda x, i=i: x[i], argument)
-                    for argument, axis in zip(arguments, axes, strict=True)
-                )
-            )
-            for i in range(count)
-        ]
-        return jax.tree.map(lambda *x: jnp.stack(x), *results)
-
-    return mapped
 
 
 def _rows(

@@ -17,9 +17,9 @@ from experiments.comparison.networks import Kept, read_networks
 from experiments.comparison.results import Comparison, read_results
 from experiments.comparison.table import Row, row_name, rows_of
 from experiments.config.recipe import Recipe
-from experiments.run.experiment import Experiment
 from experiments.run.folder import read_config
 from experiments.run.restoring import restore
+from experiments.step.evaluation import Predict
 from experiments.step.feeds import Feed
 from experiments.system.command_line import ArgumentError
 
@@ -45,7 +45,8 @@ class Trained(NamedTuple):
         seeds: their seeds.
         params: parameters of the best epoch. The first axis of every array is the seed.
         stats: batch statistics, likewise.
-        experiment: the experiment of the first seed.
+        predict: `predict(params, stats, images)` returns the logits of stored images. All networks
+            that are read together have the same one, so that they share compiled programs.
         train: first examples of the training part.
         test: first examples of the test part.
     """
@@ -55,7 +56,7 @@ class Trained(NamedTuple):
     seeds: tuple[int, ...]
     params: Any
     stats: Any
-    experiment: Experiment
+    predict: Predict
     train: Sample
     test: Sample
 
@@ -97,28 +98,30 @@ def trained_in(
                 f"{trained.name} was trained with another {odd[0].replace('_', ' ')} than "
                 f"{found[0][1].name}: {other[odd[0]]}, not {task[odd[0]]}; measure them separately"
             )
-    return [trained for _, trained in found], task
+    predict = found[0][1].predict
+    return [trained._replace(predict=predict) for _, trained in found], task
 
 
-def over_seeds(trained: Trained, function: Any, axes: Sequence[int | None]) -> Any:
+def over_seeds(function: Any, axes: Sequence[int | None], convolutional: bool) -> Any:
     """Returns `function`, of one network, for all seeds, jitted.
 
     Args:
-        trained: the networks.
         function: a function of one network.
         axes: for each argument, 0 if its first axis is the seed, otherwise None.
+        convolutional: whether several networks are slow in one program.
     """
-    if not trained.convolutional:
+    if not convolutional:
         return jax.jit(jax.vmap(function, axes))
     single = jax.jit(function)
 
     def one_by_one(*arguments: Any) -> Any:
+        seeds = len(jax.tree.leaves(arguments[axes.index(0)])[0])
         results = []
-        for seed in range(len(trained.seeds)):
-            of_seed = (
-                argument if axis is None else jax.tree.map(lambda x: x[seed], argument)  # noqa: B023
+        for seed in range(seeds):
+            of_seed = [
+                argument if axis is None else jax.tree.map(lambda x, n=seed: x[n], argument)
                 for argument, axis in zip(arguments, axes, strict=True)
-            )
+            ]
             results.append(single(*of_seed))
         return jax.tree.map(lambda *x: jnp.stack(x), *results)
 
@@ -149,7 +152,7 @@ def _of_runs(
                 tuple(recipe.seed for recipe in recipes),
                 params,
                 stats,
-                experiments[0],
+                experiments[0].predict,
                 _sample([experiment.train for experiment in experiments], examples),
                 _sample([experiment.test for experiment in experiments], examples),
             ),
@@ -188,7 +191,7 @@ def _of_comparison(
                 recipes[0],
                 tuple(recipe.seed for recipe in recipes),
                 *kept,
-                experiment,
+                experiment.predict,
                 Sample(train[0], np.stack(labels)),
                 Sample(test[0], np.stack([test[1]] * len(recipes))),
             ),

@@ -8,15 +8,15 @@ import pytest
 
 import bisam_jax
 from experiments import data, models
+from experiments.comparison.grid import Grid
 from experiments.config.config import Config, Place
 from experiments.config.recipe import resolve
-from experiments.measures.strength import ascended_losses, make_strength
+from experiments.measures.strength import ascended_losses
+from experiments.measures.strength_run import measured_along
 from experiments.run.experiment import experiment_of
 from experiments.step.layout import layout_of
 
 pytestmark = pytest.mark.usefixtures("quick_compilation", "small_mlp")
-
-RADII = jnp.asarray([0.1, 0.5])
 
 
 @pytest.fixture
@@ -27,11 +27,13 @@ def experiment():
 
 
 def test_the_rises_of_two_batches(experiment):
-    losses = ascended_losses(0.0, (1.0,), (0.1,))
-    assert list(losses) == ["ce", "log, mu 1", "tanh, alpha 0.1, mu 1"]
+    grid = Grid(methods=("sgd",), seeds=1, train_examples=64, label_smoothing=0.0)
+    measured = measured_along(grid, [0], (0.1, 0.5), (1.0,), (0.1,), 2)
+    found = {(m.ascended, m.rho): m for m in measured}
+    assert list(found) == [
+        (name, rho) for name in ("ce", "log, mu 1", "tanh, alpha 0.1, mu 1") for rho in (0.1, 0.5)
+    ]
     state, train = experiment.first_state(), experiment.dataset.train
-    measure = jax.jit(make_strength(experiment, losses, 2))
-    found = measure(state.params, state.stats, train.images, train.labels, RADII)
 
     dataset = experiment.dataset
     _, apply = models.build("mlp", dataset.image_shape, dataset.classes)
@@ -57,12 +59,14 @@ def test_the_rises_of_two_batches(experiment):
         errors.append(error(point, part) - error(state.params, part))
         norms = optax.tree.norm(plain) * optax.tree.norm(ours)
         cosines.append(optax.tree.vdot(plain, ours) / norms)
-    np.testing.assert_allclose(found.loss_rise[1, 1], np.mean(rises), rtol=1e-4)
-    np.testing.assert_allclose(found.error_rise[1, 1], np.mean(errors), atol=1e-6)
-    np.testing.assert_allclose(found.cosine[1], np.mean(cosines), rtol=1e-4)
-    np.testing.assert_allclose(found.cosine[0], 1, rtol=1e-5)
+    ours = found["log, mu 1", 0.5]
+    np.testing.assert_allclose(ours.loss_rise, np.mean(rises), rtol=1e-4)
+    np.testing.assert_allclose(ours.error_rise, np.mean(errors), atol=1e-6)
+    np.testing.assert_allclose(ours.cosine, np.mean(cosines), rtol=1e-4)
+    plain = found["ce", 0.1]
+    np.testing.assert_allclose(plain.cosine, 1, rtol=1e-5)
     # To first order the training loss rises most in its own direction.
-    assert (found.loss_rise[0, 0] >= found.loss_rise[:, 0] - 1e-6).all()
+    assert all(plain.loss_rise >= m.loss_rise - 1e-6 for m in measured if m.rho == 0.1)
 
 
 def test_the_training_loss_is_smoothed_as_in_training(experiment):

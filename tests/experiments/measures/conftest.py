@@ -1,0 +1,28 @@
+import functools
+
+import jax
+import pytest
+
+from experiments import compare, models, train
+
+# Small, but with everything: two methods, two radii, two seeds, wrong labels.
+TASK = ["--train-examples", "128", "--epochs", "2", "--label-noise", "0.2", "--rho"]
+GRID = ["--methods", "sgd", "sam", "--seeds", "2", *TASK, "0.1", "0.5", "--no-equal-gradients"]
+
+
+@pytest.fixture(scope="package")
+def finished(tmp_path_factory):
+    """A folder with the comparison "grid" and the runs "run0" and "run1", all finished."""
+    folder = tmp_path_factory.mktemp("finished")
+    known = models.ARCHITECTURES["mlp"]
+    narrow = known._replace(module=functools.partial(models.MLP, width=16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.ARCHITECTURES, "mlp", narrow)
+        jax.config.update("jax_disable_most_optimizations", True)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            compare.main([*GRID, "--output", str(folder / "grid")])
+            for seed in ("0", "1"):
+                run = ["--method", "bisam-log", "--seed", seed, *TASK, "0.1", "--devices", "1"]
+                train.main([*run, "--output", str(folder / f"run{seed}")])
+        jax.config.update("jax_disable_most_optimizations", False)
+    return folder
