@@ -1,8 +1,9 @@
 """Programs that use the library, in rooms. Imports only point down this list.
 
-train, evaluate, compare, strength, result_tables   commands; nobody imports them
+train, evaluate, compare, result_tables   commands; nobody imports them
+sharpness, robustness, strength, edge     likewise
 benchmarks   commands that time steps, or count what they need of devices
-measures     what is measured on networks: the strength of perturbations
+measures     what is measured on networks, trained or in training
 comparison   many runs: grid, replicas, results, statistics, report
 run          one training: experiment, loop, checkpoints, folder
 step         one step: state, method, devices, feeds, evaluation
