@@ -137,7 +137,7 @@ def family(apply: Callable, params: Any, stats: Any, rho: float) -> list[Subject
     return [subject(methods.PLAIN, "ce")] + [
         subject(name, perturbation)
         for name in names
-        if name != methods.PLAIN
+        if methods.METHODS[name].perturbs_weights
         for perturbation in ("ce", "log")
     ]
 

@@ -95,7 +95,7 @@ class Grid(SeveralHyperparameters, Task):
     def _recipe(self, name: str, seed: int, values: dict[str, Any]) -> Recipe:
         method, perturbation = parsed(name)
         task = {field.name: getattr(self, field.name) for field in dataclasses.fields(Task)}
-        if METHODS[method].is_plain:
+        if not METHODS[method].perturbs_weights:
             task |= PERTURBATION_OPTIONS
         named: Any = {"method": method, "perturbation": perturbation}
         return resolve(Config(**task, **values, **named, seed=seed))
@@ -116,11 +116,11 @@ def parsed(name: str) -> tuple[str, str | None]:
     """
     method, _, perturbation = name.partition("+")
     spec = METHODS.get(method)
-    fixed = spec is not None and (spec.is_plain or spec.ascends is not None)
+    fixed = spec is not None and (not spec.perturbs_weights or spec.ascends is not None)
     if spec is None or (perturbation and fixed) or perturbation not in ("", "log", "tanh"):
         raise ArgumentError(
             f"--methods has no {name!r}: use {', '.join(METHODS)}, and METHOD+log or "
-            "METHOD+tanh for every method except sgd and bisam-*."
+            "METHOD+tanh for every method except sgd, bisam-* and adversarial-*."
             f"{did_you_mean(name, METHODS)}"
         )
     return method, perturbation or None

@@ -77,6 +77,9 @@ HYPERPARAMETERS = {
     "look_alpha": Hyperparameter("weight of the part that is reused", _FROM_ZERO),
     "look_every": _count("steps from one perturbed gradient to the next"),
     "sharpness_weight": Hyperparameter("weight of the sharpness", Range(0, 1, below=True)),
+    "attack_radius": Hyperparameter(
+        "radius of the attack on the images, in units of 1/255", _FROM_ZERO
+    ),
     "learning_rate": Hyperparameter("learning rate before decay", _FROM_ZERO),
     "momentum": Hyperparameter("momentum of sgd", _FROM_ZERO),
     "weight_decay": Hyperparameter("weight decay in the base optimizer", _FROM_ZERO),

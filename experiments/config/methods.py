@@ -8,13 +8,15 @@ import collections
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import optax
 
 import bisam_jax
 from experiments.config.hyperparameters import HYPERPARAMETERS
 
+# Gradients of an attack on the images of a batch.
+ATTACK_STEPS = 10
 Number = float | Callable[[Mapping[str, Any]], float]
 
 
@@ -32,6 +34,7 @@ class MethodSpec:
         ascends: the ascended loss, if the method's name fixes it.
         is_case_of: the method that equals this one if it ascends `ascends`.
         is_plain: whether nothing is perturbed or ascended.
+        attack: "linf" or "l2" if images are perturbed instead of weights.
         contains_optimizer: whether the base optimizer is part of the method.
         parallel_gradients: whether two gradients can lie on two halves of the devices.
         takes_single_examples: whether a step looks at examples one by one.
@@ -44,9 +47,15 @@ class MethodSpec:
     ascends: str | None = None
     is_case_of: str | None = None
     is_plain: bool = False
+    attack: Literal["linf", "l2"] | None = None
     contains_optimizer: bool = False
     parallel_gradients: bool = False
     takes_single_examples: bool = False
+
+    @property
+    def perturbs_weights(self) -> bool:
+        """Whether there is a loss that is ascended over the weights."""
+        return not (self.is_plain or self.attack)
 
     @property
     def defaults(self) -> dict[str, float]:
@@ -57,6 +66,17 @@ class MethodSpec:
 
 def _options(*same: str, **renamed: str) -> dict[str, str]:
     return {name: name for name in same} | renamed
+
+
+def _adversarial(attack_radius: float = 8.0) -> optax.GradientTransformation:
+    """Leaves gradients as they are: the step computes them at attacked images."""
+    return optax.identity()
+
+
+def _attack(norm: Literal["linf", "l2"]) -> MethodSpec:
+    return MethodSpec(
+        _adversarial, _options("attack_radius"), gradients=1 + ATTACK_STEPS, attack=norm
+    )
 
 
 METHODS: dict[str, MethodSpec] = {
@@ -103,6 +123,8 @@ METHODS: dict[str, MethodSpec] = {
         bisam_jax.weighted_sam, _options("rho", sharpness_weight="gamma"), gradients_with_q=3
     ),
     "functional": MethodSpec(bisam_jax.functional_sam),
+    "adversarial-linf": _attack("linf"),
+    "adversarial-l2": _attack("l2"),
 }
 (PLAIN,) = (name for name, spec in METHODS.items() if spec.is_plain)
 

@@ -101,7 +101,7 @@ def resolve(config: Config) -> Recipe:
     """
     spec, usual = METHODS[config.method], dataset_spec(config.dataset)
     perturbation = spec.ascends or config.perturbation or "ce"
-    if spec.is_plain and perturbation != "ce":
+    if not spec.perturbs_weights and perturbation != "ce":
         raise ArgumentError(
             f"--perturbation {perturbation} has no meaning for --method {config.method}: nothing "
             "is ascended"
@@ -193,7 +193,7 @@ def _check_perturbed(recipe: Recipe) -> None:
     for name, value in nothing.items():
         if getattr(recipe, name) == value:
             continue
-        if recipe.method_spec.is_plain:
+        if not recipe.method_spec.perturbs_weights:
             raise ArgumentError(
                 f"{option_of(name)} has no meaning for --method {recipe.method}: nothing is "
                 "perturbed"

@@ -20,11 +20,10 @@ import optax
 
 from experiments.data import dataset_spec
 from experiments.measures.trained import Trained, over_seeds
+from experiments.step.attack import LEVELS, ascended, random_start, usual_step
 from experiments.step.evaluation import Predict
 
 CROSS_ENTROPY, MARGIN, WORST = "cross-entropy", "margin", "worst"
-# Radii and steps are given in units of pixels with 256 values.
-LEVELS = 255
 
 
 class Attack(NamedTuple):
@@ -48,8 +47,8 @@ class Attack(NamedTuple):
 
 
 def usual_attack(norm: Literal["linf", "l2"], radius: float, **changed: Any) -> Attack:
-    """Returns the attack with the usual step: a quarter (linf) or an eighth (l2) of the radius."""
-    return Attack(norm, radius, radius / (4 if norm == "linf" else 8), **changed)
+    """Returns the attack with the usual step size."""
+    return Attack(norm, radius, usual_step(norm, radius), **changed)
 
 
 class Attacker:
@@ -107,7 +106,7 @@ class Attacker:
         """
         radius, step = (jnp.float32(x / LEVELS) for x in (attack.radius, attack.step))
         key = jax.random.fold_in(jax.random.key(0), restart)
-        at = _random_start(key, self._clean, attack.norm, radius)
+        at = random_start(key, self._clean, attack.norm, radius)
         program = _step(*self._how, self._white, attack.norm, loss)
         for _ in range(attack.steps):
             at = program(*self._networks, self._clean, at, self._labels, radius, step)
@@ -135,7 +134,7 @@ def _step(predict: Predict, convolutional: bool, white: int, norm: str, loss: st
         def total(pixels: jax.Array) -> jax.Array:
             return _LOSSES[loss](predict(params, stats, white * pixels), labels).sum()
 
-        return _ascended(clean, at, jax.grad(total)(at), norm, *sizes)
+        return ascended(clean, at, jax.grad(total)(at), norm, *sizes)
 
     return over_seeds(step, (0, 0, 0, 0, 0, None, None), convolutional)
 
@@ -156,39 +155,3 @@ _LOSSES: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     CROSS_ENTROPY: optax.losses.softmax_cross_entropy_with_integer_labels,
     MARGIN: margin_loss,
 }
-
-
-def _random_start(key: jax.Array, clean: jax.Array, norm: str, radius: jax.Array) -> jax.Array:
-    """Returns pixels at a random place in the ball of each example."""
-    if norm == "linf":
-        noise = jax.random.uniform(key, clean.shape, clean.dtype, -radius, radius)
-        return jnp.clip(clean + noise, 0, 1)
-    along, how_far = jax.random.split(key)
-    direction = jax.random.normal(along, clean.shape, clean.dtype)
-    share = jax.random.uniform(how_far, (*clean.shape[:2], 1, 1, 1), clean.dtype)
-    return jnp.clip(clean + share * radius * direction / _norms(direction), 0, 1)
-
-
-def _ascended(
-    clean: jax.Array,
-    at: jax.Array,
-    gradient: jax.Array,
-    norm: str,
-    radius: jax.Array,
-    step: jax.Array,
-) -> jax.Array:
-    """Moves the pixels along the gradient, back into the ball, and back into [0, 1]."""
-    if norm == "linf":
-        moved = at + step * jnp.sign(gradient) - clean
-        return jnp.clip(clean + jnp.clip(moved, -radius, radius), 0, 1)
-    norms = _norms(gradient)
-    direction = jnp.where(norms > 0, gradient / jnp.where(norms > 0, norms, 1), 0)
-    moved = at + step * direction - clean
-    lengths = _norms(moved)
-    inside = moved * jnp.minimum(1, radius / jnp.where(lengths > 0, lengths, 1))
-    return jnp.clip(clean + inside, 0, 1)
-
-
-def _norms(x: jax.Array) -> jax.Array:
-    """Returns the l2 norm of each image."""
-    return jnp.sqrt(jnp.square(x).sum((-3, -2, -1), keepdims=True))

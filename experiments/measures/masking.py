@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from experiments.measures.attacks import LEVELS, WORST, Attack, Attacker, usual_attack
+from experiments.measures.attacks import WORST, Attack, Attacker, usual_attack
 from experiments.measures.robustness_report import Check, Robust, rows_of_accuracies
+from experiments.step.attack import LEVELS
 
 _LARGE_RADII = (8.0, 32.0, 128.0)
 _MULTIPLES = (1, 2, 4)

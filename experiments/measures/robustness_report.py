@@ -10,7 +10,8 @@ from experiments.comparison import drawing
 from experiments.comparison.report import html_page
 from experiments.comparison.significance import Estimate, estimate
 from experiments.comparison.words import computed_with, task_in_words
-from experiments.measures.attacks import LEVELS, WORST, Attack
+from experiments.measures.attacks import WORST, Attack
+from experiments.step.attack import LEVELS
 from experiments.system import files
 
 

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from experiments import data, models
+from experiments.config.methods import ATTACK_STEPS
 from experiments.config.recipe import Recipe
-from experiments.step import augmentation, evaluation, train_step
+from experiments.step import attack, augmentation, evaluation, train_step
 from experiments.step.feeds import Feed, feed_of
 from experiments.step.layout import Layout
 from experiments.step.method import BuiltMethod, base_optimizer, build_method, learning_rate
@@ -107,10 +108,11 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
         return lambda state, stored: step(state, train_step.prepared(stored, prepare, state))
 
     def step_of(values: Any) -> StepOnStored:
-        return on_stored(_step(recipe, apply, method_of(values, 0)))
+        return on_stored(_step(recipe, dataset, apply, method_of(values, 0), values))
 
     method = method_of(recipe.hyperparameters, 0)
-    own = _step(recipe, apply, method, layout.axis_name, layout.parts_of_program)
+    shared = (layout.axis_name, layout.parts_of_program)
+    own = _step(recipe, dataset, apply, method, recipe.hyperparameters, *shared)
     predict = evaluation.make_predict(apply, _normalise(dataset))
     sums = evaluation.make_sums(predict)
     steps_at_once = _steps_at_once(recipe, steps_per_epoch)
@@ -176,28 +178,49 @@ def _method_of(
 
 def _step(
     recipe: Recipe,
+    dataset: data.Dataset,
     apply: models.Apply,
     method: BuiltMethod,
+    values: Any,
     axis_name: str | None = None,
     parts: int = 1,
 ) -> train_step.Step:
     """Makes the step of a program that gets one of `parts` parts of a batch."""
-    return train_step.make_step(
+    loss = train_step.cross_entropy(recipe.label_smoothing)
+    step = train_step.make_step(
         apply,
         method,
-        train_step.cross_entropy(recipe.label_smoothing),
+        loss,
         when=train_step.whenever(recipe.start_step, recipe.every),
         group_size=recipe.group_size if recipe.in_groups else None,
         microbatch_size=recipe.microbatch_size // parts if recipe.in_microbatches else None,
         axis_name=axis_name,
     )
+    if (norm := recipe.method_spec.attack) is None:
+        return step
+    white = data.dataset_spec(recipe.dataset).white
+    mean, std = (jnp.asarray(x, jnp.float32) for x in (dataset.mean, dataset.std))
+    return attack.attacked_step(
+        step,
+        apply,
+        loss,
+        norm,
+        values["attack_radius"],
+        ATTACK_STEPS,
+        lambda images: (images * std + mean) / white,
+        lambda pixels: augmentation.normalise(white * pixels, mean, std),
+        unrolled=_slow_in_loops(recipe),
+    )
+
+
+def _slow_in_loops(recipe: Recipe) -> bool:
+    """Returns whether XLA runs the network many times slower inside a loop."""
+    convolutional = models.architecture(recipe.model).convolutional
+    return convolutional and jax.default_backend() == "cpu"
 
 
 def _steps_at_once(recipe: Recipe, steps_per_epoch: int) -> int:
-    # XLA on CPU runs convolutions inside a loop many times slower.
-    convolutional = models.architecture(recipe.model).convolutional
-    one_by_one = convolutional and jax.default_backend() == "cpu"
-    return 1 if one_by_one else min(STEPS_AT_ONCE, steps_per_epoch)
+    return 1 if _slow_in_loops(recipe) else min(STEPS_AT_ONCE, steps_per_epoch)
 
 
 def _evaluated_at_once(recipe: Recipe, dataset: data.Dataset) -> int:

@@ -75,7 +75,7 @@ def build_method(
         gradient_axis: mesh axis over which two parallel gradients lie.
     """
     spec = METHODS[name]
-    loss = None if spec.is_plain else _perturbation_loss(perturbation, hyperparameters)
+    loss = None if not spec.perturbs_weights else _perturbation_loss(perturbation, hyperparameters)
     offered = {
         "key": key,
         "optimizer": optimizer,

@@ -183,7 +183,7 @@ def test_a_step_that_is_plain_costs_one_gradient_among_replicas_too():
 
 # Together they take every hyperparameter that can be traced.
 VARIED = ["bisam-tanh", "asam", "gsam", "bilateral", "tilted", "sampa", "friendly", "look"]
-VARIED += ["weighted"]
+VARIED += ["weighted", "adversarial-linf"]
 
 
 def recipes_of(method):

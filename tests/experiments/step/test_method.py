@@ -77,13 +77,14 @@ def test_every_argument_of_a_method_is_its_hyperparameter(name, perturbation, mo
     assert given.pop("bilevel", perturbation != "ce") == (perturbation != "ce")
     assert given == {}
     assert (made.optimizer is optimizer) == (name != "sampa")
-    assert (made.perturbation_loss is None) == (name == "sgd" or perturbation == "ce")
+    assert (made.perturbation_loss is None) == (not spec.perturbs_weights or perturbation == "ce")
 
 
 def test_every_method_has_its_own_factory():
-    """Only BiSAM has two names."""
+    """Only BiSAM, and the training on attacked images, have two names."""
     factories = {name: spec.factory for name, spec in METHODS.items()}
     assert factories.pop("bisam-tanh") is factories["bisam-log"] is bisam_jax.bisam
+    assert factories.pop("adversarial-l2") is factories["adversarial-linf"]
     assert len(set(factories.values())) == len(factories)
 
 
