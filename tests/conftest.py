@@ -23,6 +23,11 @@ gc.set_threshold(200_000, 20, 100)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+def pytest_collection_modifyitems(items):
+    """Puts tests first that mostly wait for processes of their own: others run beside them."""
+    items.sort(key=lambda item: item.get_closest_marker("processes") is None)
+
+
 # No deadlines: compilation dominates the suite, and its speed differs between machines.
 settings.register_profile(
     "repository",

@@ -76,9 +76,13 @@ def step_of_wide(method):
     return step, step(WIDE)[0]
 
 
+# Types on a mesh with explicit axes are tested for every method in test_collectives.py.
 @pytest.mark.slow
-@each_method
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [(method, AxisType.Auto) for method in METHODS.values()]
+    + [(METHODS[name], AxisType.Explicit) for name in ("bisam", "asam", "sparse dynamic")],
+)
 def test_jit_with_sharded_parameters(method, kind):
     mesh = jax.make_mesh((8,), ("model",), axis_types=(kind,))
     step, expected = step_of_wide(method)

@@ -226,7 +226,7 @@ def test_a_checkpoint_of_another_run_is_one_clear_error(old, new, message, unfin
         (None, "is no run folder: it has no config.json"),
         ("{", "config.json is damaged"),
         ("[]", "it holds no configuration"),
-        ('{"epochs": 3}', "it is of another version: alpha, base, batch_size"),
+        ('{"epochs": 3}', "it is of another version: alpha, attack_radius, base"),
     ],
     ids=["none", "damaged", "list", "other version"],
 )

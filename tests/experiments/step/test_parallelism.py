@@ -82,16 +82,14 @@ def test_every_way_gives_the_losses_of_one_device(way):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "way"),
-    [("sparse-fisher", "shard_map"), ("efficient", "pmap"), ("sampa", "jit"), ("sampa", "pmap")],
+    [("sparse-fisher", "shard_map"), ("efficient", "pmap"), ("sampa", "jit")],
 )
 def test_methods_that_take_more_than_gradients(method, way):
     check({"method": method}, devices=8, parallelism=way)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "way"), [("sparse-dynamic", "jit"), ("tilted", "shard_map"), ("look", "pmap")]
-)
+@pytest.mark.parametrize(("method", "way"), [("sparse-dynamic", "jit"), ("tilted", "shard_map")])
 def test_methods_with_keys_or_state(method, way):
     check({"method": method, **few(method)}, devices=8, parallelism=way)
 
@@ -123,9 +121,8 @@ def test_groups(way):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["shard_map", "pmap"])
-def test_groups_of_a_method_with_state(way):
-    check({"method": "friendly", "group_size": 4}, devices=8, parallelism=way)
+def test_groups_of_a_method_with_state():
+    check({"method": "friendly", "group_size": 4}, devices=8, parallelism="pmap")
 
 
 @pytest.mark.slow
