@@ -17,11 +17,14 @@ if jax.__version_info__ < (0, 11):
     FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 
+# Compilation dominates: most programs run a few steps.
+jax.config.update("jax_disable_most_optimizations", True)
 # Tracing makes many objects and few cycles.
 gc.set_threshold(200_000, 20, 100)
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
 
 def pytest_collection_modifyitems(items):
     """Puts tests first that mostly wait for processes of their own: others run beside them."""
@@ -41,6 +44,13 @@ settings.load_profile("repository")
 
 # JAX 0.7 has it under another name, which raises a warning in later versions.
 enable_x64 = jax.enable_x64 if hasattr(jax, "enable_x64") else jax.experimental.enable_x64
+
+
+@pytest.fixture(autouse=True)
+def compilation(request):
+    """Compiles quickly, unless the test is marked to run as for a user."""
+    optimized = request.node.get_closest_marker("optimized") is not None
+    jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import jax
 import optax
 
 from bisam_jax import sam
-from tests.compiled import quick_jit
 from tests.problems import (
     loss_of_batch,
     mlp_batch,
@@ -26,7 +25,7 @@ def largest_weights(params):
     return params
 
 
-@functools.partial(quick_jit, static_argnames="tx")
+@functools.partial(jax.jit, static_argnames="tx")
 def update(tx, state, params):
     return tx.update(
         jax.grad(batch_loss)(params),

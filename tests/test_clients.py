@@ -16,7 +16,6 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 from bisam_jax import bisam, perturbation_loss, value_and_grad
-from tests.compiled import quick_jit
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(16, 5)).astype(np.float32)
@@ -54,7 +53,7 @@ class BatchStatsState(TrainState):
 @pytest.fixture
 def linen():
     model = LinenNet()
-    variables = quick_jit(model.init)(jax.random.key(2), X)
+    variables = jax.jit(model.init)(jax.random.key(2), X)
     return model, variables["params"], variables["batch_stats"]
 
 
@@ -69,7 +68,7 @@ def linen_reference(model, params, batch_stats):
         logits, moved = forward(params)
         return q(logits), moved["batch_stats"]
 
-    @quick_jit
+    @jax.jit
     def reference(params):
         ascent, stats = jax.grad(clean, has_aux=True)(params)
         return descent_by_hand(ascent, lambda p: cross_entropy(forward(p)[0]), params), stats
@@ -95,7 +94,7 @@ def test_linen_in_a_train_state(linen):
     step = value_and_grad(bisam(RHO), with_stats(cross_entropy), with_stats(q), has_aux=True)
     sharpness_state = bisam(RHO).init(params)
 
-    @quick_jit
+    @jax.jit
     def train_step(state, sharpness_state):
         (_, stats), grads, sharpness_state = step(state.params, sharpness_state, X)
         return state.apply_gradients(grads=grads, batch_stats=stats), sharpness_state, grads
@@ -138,7 +137,7 @@ def test_nnx_through_its_optimizer():
 
     tx = bisam(RHO)
     step = value_and_grad(tx, with_stats(cross_entropy), with_stats(q), has_aux=True)
-    (_, moved), grads, _ = quick_jit(step)(params, tx.init(params), X)
+    (_, moved), grads, _ = jax.jit(step)(params, tx.init(params), X)
     nnx.jit(lambda optimizer, model, grads: optimizer.update(model, grads))(optimizer, model, grads)
     nnx.update(model, moved)
 
@@ -147,7 +146,7 @@ def test_nnx_through_its_optimizer():
     expected_stats = nnx.state(clean, nnx.BatchStat)
     chex.assert_trees_all_close(nnx.state(model, nnx.BatchStat), expected_stats, **CLOSE)
 
-    @quick_jit
+    @jax.jit
     def reference(params):
         ascent = jax.grad(lambda p: with_stats(q)(p, X)[0])(params)
         grads = descent_by_hand(ascent, lambda p: with_stats(cross_entropy)(p, X)[0], params)
@@ -176,7 +175,7 @@ def test_nnx_optimizer_with_the_step_in_its_chain():
     losses = {"loss_fn": loss_of(cross_entropy), "perturbation_loss_fn": loss_of(q)}
     optimizer.update(model, grads, **losses)
 
-    @quick_jit
+    @jax.jit
     def reference(params):
         return descent_by_hand(jax.grad(loss_of(q))(params), loss_of(cross_entropy), params)
 
@@ -226,11 +225,11 @@ def test_equinox():
     step = value_and_grad(tx, with_statistics(cross_entropy), with_statistics(q), has_aux=True)
     (_, moved), updates, _ = eqx.filter_jit(step)(params, tx.init(params), X)
     new = eqx.apply_updates(params, updates)
-    expected_statistics = quick_jit(forward)(params)[1]
+    expected_statistics = jax.jit(forward)(params)[1]
     assert eqx.tree_equal(moved, expected_statistics, rtol=1e-5, atol=1e-6)
     assert not eqx.tree_equal(moved, statistics, rtol=1e-5, atol=1e-6)
 
-    @quick_jit
+    @jax.jit
     def reference(params):
         ascent = jax.grad(lambda p: q(forward(p)[0]))(params)
         return descent_by_hand(ascent, lambda p: cross_entropy(forward(p)[0]), params)

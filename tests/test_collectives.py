@@ -16,7 +16,6 @@ from jax.sharding import PartitionSpec as P
 
 import bisam_jax
 from bisam_jax import logits_loss, perturbation_loss, value_and_grad
-from tests.compiled import OPTIONS, quick_jit
 from tests.methods import METHODS, UPDATING
 
 
@@ -104,7 +103,7 @@ def compiled(step, method=None, devices=8):
         state = laid_out(state, mesh, P())
     args = laid_out(PARAMS, mesh, P()), state, laid_out(BATCH, mesh, P("data"))
     out = jax.tree.map(lambda x: x.sharding, args[:2])
-    return jax.jit(step, out_shardings=out).lower(*args).compile(OPTIONS)
+    return jax.jit(step, out_shardings=out).lower(*args).compile()
 
 
 SAM, BISAM = METHODS["sam"], METHODS["bisam"]
@@ -198,12 +197,12 @@ def program_with_parts_of_the_parameters(method, devices):
     batch = {"x": rng.normal(size=(16, 256)).astype(np.float32), "y": np.arange(16)}
     params, state = (
         jax.tree.map(lambda x: jax.device_put(x, lay(x)), tree)
-        for tree in (params, quick_jit(tx.init)(params))
+        for tree in (params, jax.jit(tx.init)(params))
     )
     batch = jax.device_put(batch, NamedSharding(mesh, P("data")))
     out = jax.tree.map(lambda x: x.sharding, (params, state))
     args = params, state, batch
-    program = jax.jit(step, out_shardings=out, donate_argnums=(0, 1)).lower(*args).compile(OPTIONS)
+    program = jax.jit(step, out_shardings=out, donate_argnums=(0, 1)).lower(*args).compile()
     return program, args
 
 
@@ -255,7 +254,7 @@ def test_types_on_a_mesh_with_explicit_axes(method):
     with jax.set_mesh(mesh):
         params = jax.tree.map(lambda x, spec: jax.device_put(x, spec), params, specs)
         batch = jax.device_put(jnp.ones((16, 8)), P("data"))
-        jax.jit(step).trace(params, quick_jit(tx.init)(params), batch)
+        jax.jit(step).trace(params, jax.jit(tx.init)(params), batch)
         types = jax.tree.map(jax.typeof, params)
     assert len(points) >= 2
     assert all(point == types for point in points)

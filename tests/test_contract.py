@@ -14,7 +14,6 @@ import optax
 import pytest
 
 from bisam_jax import logits_loss
-from tests.compiled import quick_jit
 from tests.methods import METHODS, arguments_of, loss_of_params
 from tests.problems import mlp_batch, mlp_params, perturbation_loss_of_batch
 
@@ -33,7 +32,7 @@ def perturbation_loss_fn(params):
     return perturbation_loss_of_batch(params, BATCH)
 
 
-gradient = quick_jit(jax.grad(loss_fn))
+gradient = jax.jit(jax.grad(loss_fn))
 GRADS = gradient(PARAMS)
 
 
@@ -65,7 +64,7 @@ def ways_of(method):
 @functools.cache
 def starts(method):
     """Returns, for each way, the state of a method whose radius follows a schedule."""
-    state = quick_jit(method.make(rho=lambda count: 0.1).init)(PARAMS)
+    state = jax.jit(method.make(rho=lambda count: 0.1).init)(PARAMS)
     alone = [f"{way} alone" for way in ways_of(method)]
     return dict.fromkeys([*ways_of(method), *alone, "zero Q"], state)
 
@@ -74,7 +73,7 @@ def starts(method):
 def program(method):
     """Returns an update in every way, with every number as an argument."""
 
-    @quick_jit
+    @jax.jit
     def step(rho, states, params, grads):
         call = functools.partial(update, method, method.make(rho=lambda count: rho))
         results = {}
@@ -273,7 +272,7 @@ def test_narrow_parameters_are_perturbed_in_float32(method, dtype):
     rho = 1e-3
     tx = method.make(rho=lambda count: rho)
     state = tx.init(params)
-    got, new_state = quick_jit(
+    got, new_state = jax.jit(
         lambda *arguments: update(method, tx, *arguments, loss_fn=None, grad_fn=grad_fn)
     )(state, params, grads)
     chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
@@ -308,7 +307,7 @@ def test_structures_and_leaves_that_are_not_floating(method):
         "example_losses_fn": lambda p, indices: jnp.stack([fn(p)] * 2),
         "fisher_scores_fn": lambda p: p,
     }
-    new, _ = quick_jit(lambda g, p: tx.update(g, tx.init(p), p, **every))(grads, params)
+    new, _ = jax.jit(lambda g, p: tx.update(g, tx.init(p), p, **every))(grads, params)
     chex.assert_trees_all_equal_structs(new, grads)
     assert new["integer"].dtype == jax.dtypes.float0
     assert jnp.isfinite(new["scalar"])

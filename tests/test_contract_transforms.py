@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 
-from tests.compiled import quick_jit
 from tests.problems import mlp_params
 from tests.test_contract import (
     GRADS,
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.slow
 def test_under_conditionally_transform_a_skipped_step_passes_on_the_gradient_of_l(method):
     tx = optax.conditionally_transform(method.make(rho=0.5), lambda step: step % 2 == 0)
 
-    @quick_jit
+    @jax.jit
     def step(state, grads):
         return update(method, tx, state, PARAMS, grads, q="function")
 
@@ -56,7 +55,7 @@ def test_the_same_everywhere(method):
     mask = {"hidden": True, "head": False}
     masked = optax.chain(tx, optax.masked(optax.set_to_zero(), mask))
 
-    @quick_jit
+    @jax.jit
     def everywhere(params, grads):
         call = functools.partial(update, method, chain)
         chained, state = call(chain.init(params), params, grads, unknown=1, value=2.0)
@@ -97,7 +96,7 @@ def training(method):
 @functools.cache
 def donating_step(method):
     step, init = training(method)
-    return quick_jit(lambda carry: step(carry)[0], donate_argnums=0), init
+    return jax.jit(lambda carry: step(carry)[0], donate_argnums=0), init
 
 
 def fresh_carry(init):
@@ -108,9 +107,7 @@ def fresh_carry(init):
 @each_method
 def test_scan_and_donated_steps_agree(method):
     step, init = training(method)
-    scanned, _ = quick_jit(lambda carry: jax.lax.scan(step, carry, length=4))(
-        (PARAMS, init(PARAMS))
-    )
+    scanned, _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=4))((PARAMS, init(PARAMS)))
     step, init = donating_step(method)
     looped = fresh_carry(init)
     for _ in range(4):
@@ -122,7 +119,7 @@ def test_scan_and_donated_steps_agree(method):
 
 @each_method
 def test_vmap_over_rho_and_seeds(method):
-    @quick_jit
+    @jax.jit
     @jax.vmap
     def together(rho, params, grads):
         return first_grads(method, method.make(rho=lambda count: rho), params, grads)
@@ -154,7 +151,7 @@ def test_grad_through_the_step_and_remat(method):
         grads = first_grads(method, tx, point, jax.grad(fn)(point), **more)
         return fn(jax.tree.map(lambda p, g: p - 0.1 * g, point, grads))
 
-    @quick_jit
+    @jax.jit
     def value_and_slopes(t):
         remat = jax.grad(loss_after_a_step)(t, jax.checkpoint(loss_fn))
         return *jax.value_and_grad(loss_after_a_step)(t, loss_fn), remat

@@ -27,6 +27,8 @@ from bisam_jax import (
     weighted_sam,
 )
 
+pytestmark = pytest.mark.optimized
+
 
 def conv_params(seed=0):
     rng = np.random.default_rng(seed)

@@ -18,7 +18,6 @@ from bisam_jax import (
     logits_loss,
     spectral_density,
 )
-from tests.compiled import quick_jit
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -50,7 +49,7 @@ loss_fn = logits_loss(logits_of, cross_entropy)
 
 def in_one_program(measure, loss, params, batch, *rest, **options):
     """Calls `measure`, compiled whole: operation by operation, it takes many times as long."""
-    return quick_jit(lambda p, b: measure(loss, p, b, *rest, **options))(params, batch)
+    return jax.jit(lambda p, b: measure(loss, p, b, *rest, **options))(params, batch)
 
 
 eigenvalues = functools.partial(in_one_program, hessian_eigenvalues)
@@ -59,7 +58,7 @@ trace = functools.partial(in_one_program, hessian_trace)
 
 def dense(params, batch, product=hessian_product):
     """The matrix, from jax.hessian or from Jacobians."""
-    return quick_jit(functools.partial(_dense, product=product))(params, batch)
+    return jax.jit(functools.partial(_dense, product=product))(params, batch)
 
 
 def _dense(params, batch, product):
@@ -155,15 +154,15 @@ def test_batches_microbatches_and_seeds(float64):
         found = hessian_eigenvalues(loss_fn, params, batch, 2, key=0, num_matvecs=25, **options)
         return found.values
 
-    whole = quick_jit(top)(params, batch)
-    microbatched = quick_jit(functools.partial(top, microbatch_size=8))(params, batch)
+    whole = jax.jit(top)(params, batch)
+    microbatched = jax.jit(functools.partial(top, microbatch_size=8))(params, batch)
     np.testing.assert_allclose(microbatched, whole, rtol=1e-8)
     parts = [jax.tree.map(lambda x, s=s: x[s], batch) for s in (slice(0, 5), slice(5, 24))]
-    np.testing.assert_allclose(quick_jit(top)(params, parts), whole, rtol=1e-8)
+    np.testing.assert_allclose(jax.jit(top)(params, parts), whole, rtol=1e-8)
     seeds = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), params)
-    mapped = quick_jit(jax.vmap(top, (0, None)))(seeds, batch)
+    mapped = jax.jit(jax.vmap(top, (0, None)))(seeds, batch)
     np.testing.assert_allclose(mapped[0], whole, rtol=1e-8)
-    second = quick_jit(top)(jax.tree.map(lambda x: x[1], seeds), batch)
+    second = jax.jit(top)(jax.tree.map(lambda x: x[1], seeds), batch)
     np.testing.assert_allclose(mapped[1], second, rtol=1e-8)
 
 

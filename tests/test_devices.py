@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec as P
 
 import bisam_jax
 from bisam_jax import fisher_scores, logits_loss, value_and_grad
-from tests.compiled import quick_jit
 from tests.methods import METHODS
 from tests.problems import (
     loss_of_batch,
@@ -43,7 +42,7 @@ def test_eight_devices_are_there():
 @each_method
 def test_jit_with_a_sharded_batch(method):
     tx, mesh = method.make(rho=0.3), mesh_of()
-    step = quick_jit(value_and_grad(tx, losses_of_batch, perturbation_losses_of_batch))
+    step = jax.jit(value_and_grad(tx, losses_of_batch, perturbation_losses_of_batch))
     expected = step(PARAMS, tx.init(PARAMS), BATCH)[:2]
     params = jax.device_put(PARAMS, NamedSharding(mesh, P()))
     batch = jax.device_put(BATCH, NamedSharding(mesh, P("data")))
@@ -67,7 +66,7 @@ def step_of_wide(method):
         losses = jnp.square(outputs_of_wide(params)).mean(1)
         return losses if indices is None else losses[indices]
 
-    @quick_jit
+    @jax.jit
     def step(params):
         given = {"fisher_scores_fn": lambda p: p, "example_losses_fn": example_losses_fn}
         losses = {"loss_fn": loss_fn, "perturbation_loss_fn": loss_fn}
@@ -96,7 +95,7 @@ def test_jit_with_sharded_parameters(method, kind):
 
 def one_device(tx=BISAM, **sizes):
     step = value_and_grad(tx, losses_of_batch, perturbation_losses_of_batch, **sizes)
-    return quick_jit(step)(PARAMS, tx.init(PARAMS), BATCH)[1]
+    return jax.jit(step)(PARAMS, tx.init(PARAMS), BATCH)[1]
 
 
 def pmean(updates, params=None):
@@ -127,7 +126,7 @@ def test_a_step_per_device(tx, sizes, way):
     else:
         specs = {"in_specs": (P(), P("data")), "out_specs": P(), "check_vma": False}
         mapped = jax.shard_map(per_device, mesh=mesh_of(), **specs)
-        grads = quick_jit(mapped)(PARAMS, BATCH)
+        grads = jax.jit(mapped)(PARAMS, BATCH)
     chex.assert_trees_all_close(grads, one_device(**sizes), **CLOSE)
 
 
@@ -135,7 +134,7 @@ def test_a_step_per_device(tx, sizes, way):
 def test_vmap_over_an_axis_with_a_name_is_one_step_too():
     step = value_and_grad(BISAM, losses_of_batch, perturbation_losses_of_batch, axis_name="data")
     mapped = jax.vmap(step, (None, None, 0), axis_name="data")
-    _, grads, _ = quick_jit(mapped)(PARAMS, BISAM.init(PARAMS), SHARDS)
+    _, grads, _ = jax.jit(mapped)(PARAMS, BISAM.init(PARAMS), SHARDS)
     expected = one_device()
     for device in range(8):
         own = jax.tree.map(lambda g, device=device: g[device], grads)
@@ -163,7 +162,7 @@ def test_aux_on_devices(check_vma):
         out_specs=specs,
         check_vma=check_vma,
     )
-    aux, expected = quick_jit(mapped)(PARAMS, BATCH), with_aux(PARAMS, BATCH)[1]
+    aux, expected = jax.jit(mapped)(PARAMS, BATCH), with_aux(PARAMS, BATCH)[1]
     chex.assert_trees_all_close(aux, expected, **CLOSE)
 
 
@@ -177,10 +176,10 @@ def test_a_batch_with_keys_on_devices():
         return losses_of_batch(params, batch) + noise * params["hidden"]["b"].sum()
 
     batch = BATCH | {"key": jax.random.split(jax.random.key(3), 32)}
-    whole = quick_jit(value_and_grad(tx, noisy))(PARAMS, tx.init(PARAMS), batch)
+    whole = jax.jit(value_and_grad(tx, noisy))(PARAMS, tx.init(PARAMS), batch)
     step = value_and_grad(tx, noisy, axis_name="data")
     specs = {"in_specs": (P(), P(), P("data")), "out_specs": P()}
-    mapped = quick_jit(jax.shard_map(step, mesh=mesh_of(), **specs))
+    mapped = jax.jit(jax.shard_map(step, mesh=mesh_of(), **specs))
     parts = mapped(PARAMS, tx.init(PARAMS), batch)
     chex.assert_trees_all_close(parts[:2], whole[:2], rtol=1e-4, atol=1e-5)
 
@@ -190,9 +189,9 @@ def test_fisher_scores_under_shard_map():
     def sums(params, batch):
         return jax.lax.psum(fisher_scores(loss_of_batch, params, batch), "data")
 
-    expected = quick_jit(functools.partial(fisher_scores, loss_of_batch))(PARAMS, BATCH)
+    expected = jax.jit(functools.partial(fisher_scores, loss_of_batch))(PARAMS, BATCH)
     specs = {"in_specs": (P(), P("data")), "out_specs": P(), "check_vma": False}
-    scores = quick_jit(jax.shard_map(sums, mesh=mesh_of(), **specs))(PARAMS, BATCH)
+    scores = jax.jit(jax.shard_map(sums, mesh=mesh_of(), **specs))(PARAMS, BATCH)
     chex.assert_trees_all_close(scores, expected, **CLOSE)
 
 
@@ -204,7 +203,7 @@ def test_groups_on_a_mesh_with_explicit_axes(group_size):
     def with_aux(params, batch):
         return losses_of_batch(params, batch), batch["x"] * 2
 
-    step = quick_jit(value_and_grad(tx, with_aux, has_aux=True, group_size=group_size))
+    step = jax.jit(value_and_grad(tx, with_aux, has_aux=True, group_size=group_size))
     (_, aux), expected, _ = step(PARAMS, tx.init(PARAMS), BATCH)
     with jax.set_mesh(mesh_of(AxisType.Explicit)):
         batch = jax.device_put(BATCH, P("data"))

@@ -5,7 +5,6 @@ import optax
 import pytest
 
 from bisam_jax import dynamic_mask, sparse_sam_dynamic
-from tests.compiled import quick_jit
 from tests.equivalences import assert_is_sam
 from tests.quadratic import (
     GRADIENT,
@@ -46,7 +45,7 @@ def test_with_no_sparsity_it_is_sam():
 def test_masked_share_is_exact(sparsity):
     ones = {"a": jnp.ones((5, 9)), "b": [jnp.ones(6)]}
     tx = dynamic_mask(sparsity, drop_rate=0.3)
-    update, state = quick_jit(tx.update), quick_jit(tx.init)(ones)
+    update, state = jax.jit(tx.update), jax.jit(tx.init)(ones)
     assert state.dynamic_mask["a"].dtype == bool
     start = 51 - int(np.ceil(51 * sparsity))
     for _ in range(3):

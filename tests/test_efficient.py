@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from bisam_jax import efficient_sam, sam, value_and_grad
-from tests.compiled import quick_jit
 from tests.problems import (
     loss_of_batch,
     losses_of_batch,
@@ -103,9 +102,9 @@ def examples(params, indices):
 @pytest.mark.parametrize("bilevel", [False, True], ids=["sam", "bisam"])
 def test_efficient_through_value_and_grad(losses, given, bilevel):
     loss_fn, q = losses if bilevel else (losses[0], None)
-    step = quick_jit(functools.partial(value_and_grad(EFFICIENT, loss_fn, q), **given))
+    step = jax.jit(functools.partial(value_and_grad(EFFICIENT, loss_fn, q), **given))
     _, grads, _ = step(PARAMS, EFFICIENT.init(PARAMS), BATCH)
-    plain = quick_jit(value_and_grad(sam(0.3), loss_fn, q))
+    plain = jax.jit(value_and_grad(sam(0.3), loss_fn, q))
     _, expected, _ = plain(PARAMS, sam(0.3).init(PARAMS), BATCH)
     chex.assert_trees_all_close(grads, expected, rtol=5e-5, atol=1e-6)
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from bisam_jax import fisher_mask, fisher_scores, sparse_sam_fisher
-from tests.compiled import quick_jit
 from tests.equivalences import assert_is_sam
 from tests.problems import loss_of_batch, mlp_batch, mlp_params
 from tests.quadratic import (
@@ -70,7 +69,7 @@ def test_fisher_scores_are_sums_of_squared_gradients():
 def test_masked_share_is_exact(sparsity):
     ones = {"a": jnp.ones((5, 9)), "b": [jnp.ones(6)]}
     tx = fisher_mask(sparsity)
-    update = quick_jit(functools.partial(tx.update, fisher_scores_fn=lambda p: p))
+    update = jax.jit(functools.partial(tx.update, fisher_scores_fn=lambda p: p))
     eps, _ = update(ones, tx.init(ones), ones)
     kept = sum(np.count_nonzero(leaf) for leaf in jax.tree.leaves(eps))
     assert kept == int(51 * (1 - sparsity))

@@ -11,7 +11,6 @@ import pytest
 from jax import export
 
 from bisam_jax import logits_loss, value_and_grad
-from tests.compiled import quick_jit
 from tests.methods import METHODS, UPDATING, arguments_of, mean_of_trees
 from tests.problems import (
     loss_of_batch,
@@ -47,7 +46,7 @@ def two_steps(step, state, batch=BATCH, **extra_args):
 
 @functools.cache
 def start(name, rho=0.3):
-    return quick_jit(ALL[name].make(rho).init)(PARAMS)
+    return jax.jit(ALL[name].make(rho).init)(PARAMS)
 
 
 def update_by_hand(name, q, params, state, batch):
@@ -78,7 +77,7 @@ def program(name):
         ways["by hand, without Q"] = functools.partial(update_by_hand, name, None)
         ways["without Q"] = value_and_grad(method.make(0.3), losses_of_batch)
 
-    @quick_jit
+    @jax.jit
     def step(params, states, batch):
         return {way: fn(params, states[way], batch) for way, fn in ways.items()}
 
@@ -104,7 +103,7 @@ def by_hand(name):
 
 @functools.cache
 def through_the_door(name, **options):
-    return two_steps(quick_jit(made(name, **options)), start(name))
+    return two_steps(jax.jit(made(name, **options)), start(name))
 
 
 def check(actual, expected):
@@ -177,7 +176,7 @@ def test_groups_are_steps_of_their_own(name, microbatch_size):
     groups = [jax.tree.map(lambda x, i=i: x[i : i + 16], TWO_GROUPS) for i in (0, 16)]
     alone = [step(PARAMS, states, group)["losses"] for group in groups]
     grouped = made(name, group_size=16, microbatch_size=microbatch_size)
-    value, grads, state = quick_jit(grouped)(PARAMS, start(name), TWO_GROUPS)
+    value, grads, state = jax.jit(grouped)(PARAMS, start(name), TWO_GROUPS)
     expected = mean_of_trees([result[:2] for result in alone])
     chex.assert_trees_all_close((value, grads), expected, **CLOSE)
     for leaf, *each in zip(*map(jax.tree.leaves, (state, *(s for *_, s in alone))), strict=True):
@@ -212,7 +211,7 @@ each_when = [
 def test_when(name, sizes):
     step = made(name, when=lambda step: step >= 3, **sizes)
 
-    @quick_jit
+    @jax.jit
     def both(params, state, batch):
         early, late = (step(params, state, batch, step=jnp.int32(i)) for i in (2, 3))
         # `step` is known while tracing: only one branch is compiled.
@@ -227,10 +226,10 @@ def test_when(name, sizes):
     expected = made(name, **sizes)
     check(
         ([late[:2]], late[2]),
-        (lambda result: ([result[:2]], result[2]))(quick_jit(expected)(PARAMS, start(name), BATCH)),
+        (lambda result: ([result[:2]], result[2]))(jax.jit(expected)(PARAMS, start(name), BATCH)),
     )
     # `step` is traced: one program for both.
-    traced = quick_jit(step)
+    traced = jax.jit(step)
     for i, want in ((2, early), (3, late)):
         got = traced(PARAMS, start(name), BATCH, step=jnp.int32(i))
         check(([got[:2]], got[2]), ([want[:2]], want[2]))
@@ -243,7 +242,7 @@ def test_when(name, sizes):
 def test_inject_hyperparams_under_jit(name):
     method = ALL[name]
     tx = optax.inject_hyperparams(method.make, static_args=method.structural)(rho=0.3)
-    step = quick_jit(value_and_grad(tx, losses_of_batch, q_of(method)))
+    step = jax.jit(value_and_grad(tx, losses_of_batch, q_of(method)))
     results, state = two_steps(step, tx.init(PARAMS))
     check((results, state.inner_state), by_hand(name))
 
@@ -255,12 +254,12 @@ def test_bfloat16(name):
     narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), PARAMS)
     tx = ALL[name].make(0.3)
     state = tx.init(narrow)
-    value, grads, new_state = quick_jit(made(name))(narrow, state, BATCH)
+    value, grads, new_state = jax.jit(made(name))(narrow, state, BATCH)
     chex.assert_trees_all_equal_dtypes(grads, narrow)
     chex.assert_trees_all_equal_shapes_and_dtypes(new_state, state)
     assert value.dtype == jnp.float32
     wide = jax.tree.map(lambda p: p.astype(jnp.float32), narrow)
-    _, expected, _ = quick_jit(made(name))(wide, tx.init(wide), BATCH)
+    _, expected, _ = jax.jit(made(name))(wide, tx.init(wide), BATCH)
     difference = jax.tree.map(lambda g, e: g.astype(jnp.float32) - e, grads, expected)
     # The ascent gradient is in bfloat16, and some methods choose examples or weights by it.
     loose = 0.5 if ALL[name].examples else 0.05
@@ -301,11 +300,11 @@ def test_functions_of_examples_can_be_replaced(name):
         if key in ("example_losses_fn", "fisher_scores_fn")
     }
     step = made(name)
-    replaced = quick_jit(lambda p, s, b: step(p, s, b, **own))(PARAMS, start(name), BATCH)
+    replaced = jax.jit(lambda p, s, b: step(p, s, b, **own))(PARAMS, start(name), BATCH)
     difference = optax.tree.sub(replaced[1], results_of(name)["losses"][0][0][1])
     assert optax.tree.norm(difference) > 1e-3
     with_scalars = made(name, scalar=True)
-    same = quick_jit(lambda p, s, b: with_scalars(p, s, b, **own))(PARAMS, start(name), BATCH)
+    same = jax.jit(lambda p, s, b: with_scalars(p, s, b, **own))(PARAMS, start(name), BATCH)
     chex.assert_trees_all_close(same[1], replaced[1], **CLOSE)
 
 
@@ -325,7 +324,7 @@ def test_leaves_that_are_not_floating(name):
     loss_fn = logits_loss(of_net(losses_of_batch.logits_fn), losses_of_batch.loss)
     method = ALL[name]
     tx = method.make(0.3)
-    step = quick_jit(value_and_grad(tx, loss_fn, of_net(q_of(method))))
+    step = jax.jit(value_and_grad(tx, loss_fn, of_net(q_of(method))))
     value, grads, _ = step(params, tx.init(params), BATCH)
     (expected_value, expected), *_ = by_hand(name)[0]
     if name not in DRAWING:

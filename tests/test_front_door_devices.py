@@ -8,7 +8,6 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from tests.compiled import quick_jit
 from tests.test_front_door import (
     ALL,
     BATCH,
@@ -46,7 +45,7 @@ def shard_mapped(name, check_vma, **options):
         out_specs=(P(), P(), specs),
         check_vma=check_vma,
     )
-    return quick_jit(step)
+    return jax.jit(step)
 
 
 def mapped(name, way, **options):
@@ -117,7 +116,7 @@ def test_microbatches_on_devices_give_the_numbers_of_one(name):
 def test_when_on_devices_gives_the_numbers_of_one(name):
     options = {"when": lambda step: step >= 3}
     step = made(name, axis_name="data", **options)
-    mapped = quick_jit(
+    mapped = jax.jit(
         jax.shard_map(
             lambda p, s, b, i: step(p, s, b, step=i),
             mesh=mesh_of_four(),
@@ -125,7 +124,7 @@ def test_when_on_devices_gives_the_numbers_of_one(name):
             out_specs=P(),
         )
     )
-    one = quick_jit(made(name, **options))
+    one = jax.jit(made(name, **options))
     for i in (2, 3):
         got = mapped(PARAMS, start(name), BATCH, jnp.int32(i))
         want = one(PARAMS, start(name), BATCH, step=jnp.int32(i))

@@ -6,7 +6,6 @@ import optax
 import pytest
 
 from bisam_jax import functional_sam, logits_loss, value_and_grad
-from tests.compiled import quick_jit
 from tests.problems import (
     losses_of_batch,
     mlp_batch,
@@ -138,7 +137,7 @@ def test_aux_of_the_logits_function(sizes):
         ),
     )
     tx = functional_sam(RHO)
-    step = quick_jit(value_and_grad(tx, loss_fn, has_aux=True, **sizes))
+    step = jax.jit(value_and_grad(tx, loss_fn, has_aux=True, **sizes))
     (value, aux), grads, _ = step(PARAMS, tx.init(PARAMS), BATCH)
     np.testing.assert_allclose(value, losses_of_batch(PARAMS, BATCH).mean(), rtol=1e-6)
     logits = mlp_logits(PARAMS, BATCH["x"])

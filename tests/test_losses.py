@@ -12,6 +12,8 @@ from hypothesis.extra import numpy as hnp
 
 from bisam_jax import log_lower_bound, margins, perturbation_loss, tanh_lower_bound
 
+pytestmark = pytest.mark.optimized
+
 BOUNDS = {
     "log": log_lower_bound,
     "tanh": tanh_lower_bound,

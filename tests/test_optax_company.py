@@ -9,7 +9,6 @@ import optax
 import pytest
 
 from bisam_jax import asam, bisam, gsam, l2_ball, sharpness_aware, value_and_grad
-from tests.compiled import quick_jit
 from tests.problems import (
     loss_of_batch,
     mlp_batch,
@@ -31,10 +30,10 @@ def q(params):
     return perturbation_loss_of_batch(params, BATCH)
 
 
-GRADS = quick_jit(jax.grad(loss_fn))(PARAMS)
+GRADS = jax.jit(jax.grad(loss_fn))(PARAMS)
 
 
-@functools.partial(quick_jit, static_argnames="make")
+@functools.partial(jax.jit, static_argnames="make")
 def sharp(rho, make=bisam):
     """Returns the gradient that `make(rho)` passes on when Q is ascended."""
     tx = make(rho)
@@ -42,12 +41,12 @@ def sharp(rho, make=bisam):
     return tx.update(GRADS, tx.init(PARAMS), PARAMS, **losses)[0]
 
 
-@functools.partial(quick_jit, static_argnames="tx")
+@functools.partial(jax.jit, static_argnames="tx")
 def update(tx, state, grads):
     return tx.update(grads, state, PARAMS, loss_fn=loss_fn, perturbation_loss_fn=q)
 
 
-@functools.partial(quick_jit, static_argnames="tx")
+@functools.partial(jax.jit, static_argnames="tx")
 def update_with(tx, state, grads, grads_of_q):
     losses = {"loss_fn": loss_fn, "perturbation_grads": grads_of_q}
     return tx.update(grads, state, PARAMS, **losses)
@@ -62,7 +61,7 @@ def train(tx, steps, **extra_args):
         )
         return (optax.apply_updates(params, updates), state), value
 
-    return quick_jit(lambda c: jax.lax.scan(step, c, length=steps))((PARAMS, tx.init(PARAMS)))
+    return jax.jit(lambda c: jax.lax.scan(step, c, length=steps))((PARAMS, tx.init(PARAMS)))
 
 
 OPTIMIZERS = {
@@ -85,7 +84,7 @@ OPTIMIZERS = {
 def test_base_optimizers_get_the_gradient_and_learn(optimizer):
     tx = optax.chain(bisam(0.05), optimizer)
 
-    @quick_jit
+    @jax.jit
     def both_ways(params, grads):
         losses = {"loss_fn": loss_fn, "perturbation_loss_fn": q}
         updates, _ = tx.update(grads, tx.init(params), params, **losses)
@@ -143,7 +142,7 @@ def test_multi_steps_after_the_step_is_m_sharpness():
     tx = bisam(0.3)
     accumulated = optax.chain(tx, optax.MultiSteps(optax.sgd(0.1), 4).gradient_transformation())
 
-    @quick_jit
+    @jax.jit
     def step(state, batch):
         losses = {
             "loss_fn": functools.partial(loss_of_batch, batch=batch),
@@ -157,7 +156,7 @@ def test_multi_steps_after_the_step_is_m_sharpness():
         if i < 3:
             assert optax.tree.norm(updates) == 0
     grouped = value_and_grad(tx, loss_of_batch, perturbation_loss_of_batch, group_size=8)
-    _, grads, _ = quick_jit(grouped)(PARAMS, tx.init(PARAMS), BATCH)
+    _, grads, _ = jax.jit(grouped)(PARAMS, tx.init(PARAMS), BATCH)
     chex.assert_trees_all_close(updates, optax.tree.scale(-0.1, grads), **CLOSE)
 
 

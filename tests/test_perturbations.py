@@ -10,6 +10,8 @@ from hypothesis.extra import numpy as hnp
 from bisam_jax import ScheduledRadiusState, adaptive_l2_ball, l2_ball
 from tests.problems import global_norm
 
+pytestmark = pytest.mark.optimized
+
 GRADIENT = {"a": jnp.array([3.0, 0.0]), "b": jnp.array([[4.0]])}
 PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array([[0.5]])}
 

@@ -30,7 +30,7 @@ from tests.published import (
 TWO_GRADIENT_CASES = [name for name in CASES if "adaptive" in CASES[name]["hyperparameters"]]
 TWO_GRADIENT_CASES.append("asam_mlp")
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.optimized, pytest.mark.usefixtures("float64")]
 
 
 def perturbation_loss_of(hyperparameters: dict):

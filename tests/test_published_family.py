@@ -33,7 +33,7 @@ from tests.published import (
 # The sparse and the efficient code add 1e-7 to the gradient's norm.
 LOOSE = 1e-8
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.optimized, pytest.mark.usefixtures("float64")]
 
 
 class Case:

@@ -12,7 +12,6 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bisam_jax import adaptive_l2_ball, sampa, value_and_grad
-from tests.compiled import OPTIONS, quick_jit
 from tests.problems import loss_of_batch, mlp_batch, mlp_params, perturbation_loss_of_batch
 from tests.quadratic import (
     C,
@@ -158,7 +157,7 @@ def three_steps(bilevel, mesh, gradient_axis):
         gradient_axis=gradient_axis,
     )
 
-    @quick_jit
+    @jax.jit
     def step(params, state, batch):
         q = {"batch_perturbation_loss_fn": perturbation_loss_of_batch} if bilevel else {}
         updates, state = tx.update(None, state, params, batch_loss_fn=noisy_loss, batch=batch, **q)
@@ -205,7 +204,7 @@ def program(mesh, gradient_axis):
 
     with jax.set_mesh(mesh):
         state = jax.eval_shape(tx.init, params)._replace(sampa_batch=batch)
-        return jax.jit(step).lower(params, state, batch).compile(OPTIONS)
+        return jax.jit(step).lower(params, state, batch).compile()
 
 
 @pytest.mark.slow

@@ -19,7 +19,6 @@ from bisam_jax import (
     weighted_sam,
 )
 from bisam_jax._trees import fold
-from tests.compiled import quick_jit
 
 METHODS = {
     "sam": sam(),
@@ -42,7 +41,7 @@ def operations(tx, leaves, **extra_args):
     """Counts the binary maxima and sums in the compiled program of an update."""
     params = [jax.ShapeDtypeStruct((2, 3), jnp.float32)] * leaves
     state = jax.eval_shape(tx.init, params)
-    update = quick_jit(functools.partial(tx.update, **extra_args))
+    update = jax.jit(functools.partial(tx.update, **extra_args))
     text = update.lower(params, state, params).compile().as_text()
     return np.array([len(re.findall(rf"\b{name}\(", text)) for name in ("maximum", "add")])
 

@@ -10,7 +10,6 @@ import optax
 import pytest
 
 from bisam_jax import bisam, l2_ball, sam, sharpness_aware, value_and_grad
-from tests.compiled import quick_jit
 from tests.problems import (
     loss_of_batch,
     mlp_batch,
@@ -28,7 +27,7 @@ CLOSE = {"rtol": 2e-5, "atol": 1e-6}
 @functools.cache
 def step_of(loss_fn=loss_of_batch, q=None, *, tx=SAM, **arguments):
     """Returns a compiled step, shared by the tests with the same arguments."""
-    return quick_jit(value_and_grad(tx, loss_fn, q, **arguments))
+    return jax.jit(value_and_grad(tx, loss_fn, q, **arguments))
 
 
 def result_of(*losses, tx=SAM, batch=None, **arguments):
@@ -36,7 +35,7 @@ def result_of(*losses, tx=SAM, batch=None, **arguments):
     return step(PARAMS, tx.init(PARAMS), BATCH if batch is None else batch)
 
 
-@functools.partial(quick_jit, static_argnames=("tx", "q"))
+@functools.partial(jax.jit, static_argnames=("tx", "q"))
 def by_hand(tx, batch, q=perturbation_loss_of_batch):
     """Returns the step of the definition, on one batch."""
     value, ascent = jax.value_and_grad(q)(PARAMS, batch)
@@ -119,7 +118,7 @@ def test_state_moves_once_a_step(group_size, microbatch_size):
     sizes = {"group_size": group_size, "microbatch_size": microbatch_size}
     step = step_of(tx=tx, **sizes)
 
-    @quick_jit
+    @jax.jit
     def expected(rho):
         constant = sam(rho)
         step = value_and_grad(constant, loss_of_batch, **sizes)
@@ -181,7 +180,7 @@ def test_extra_args_and_numpy_batches():
     for sizes in ({}, {"microbatch_size": 8}, {"group_size": 8}):
         step = value_and_grad(SAM, loss_fn, **sizes)
         with_extra = step(w, SAM.init(w), batch, unknown=jnp.ones(3), step=7)
-        expected = quick_jit(step)(w, SAM.init(w), batch)
+        expected = jax.jit(step)(w, SAM.init(w), batch)
         chex.assert_trees_all_close(with_extra, expected, **CLOSE)
 
 

@@ -47,8 +47,9 @@ def checked(
         rows.extend(rows_of_accuracies(network, seeds, found, asked, source[0] if source else ""))
         return float(found[WORST].mean())
 
+    attack = attack._replace(restarts=1)
     radii = [attack.radius, *(radius for radius in _LARGE_RADII if radius > attack.radius)]
-    larger = [worst(usual_attack("linf", radius)._replace(steps=40)) for radius in radii]
+    larger = [worst(usual_attack("linf", radius, steps=20, restarts=1)) for radius in radii]
     counts = [attack.steps * multiple for multiple in _MULTIPLES]
     longer = [worst(attack._replace(steps=steps)) for steps in counts]
     found = [

@@ -1,6 +1,5 @@
 import functools
 
-import jax
 import pytest
 
 from experiments import models
@@ -9,14 +8,6 @@ from experiments import models
 @pytest.fixture(autouse=True)
 def as_a_user(settings_of_a_user):
     """The experiments run under JAX's defaults."""
-
-
-@pytest.fixture
-def quick_compilation():
-    """For tests of many compiled programs and few steps."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

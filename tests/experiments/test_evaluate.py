@@ -10,7 +10,7 @@ from experiments.run.training import train
 from experiments.system import files
 from tests.experiments.script import refusal
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "small_mlp")
+pytestmark = pytest.mark.usefixtures("small_mlp")
 
 
 def test_an_evaluation_finds_what_the_summary_reports(tmp_path, capsys):

@@ -18,14 +18,14 @@ from tests.experiments.script import call, start
 SHORT = ["--epochs", 2, "--train-examples", 128, "--devices", 1]
 FILES = ["checkpoints", "config.json", "curves.png", "metrics.csv", "summary.json", "tensorboard"]
 
-quickly = pytest.mark.usefixtures("quick_compilation", "small_mlp")
+with_small_mlp = pytest.mark.usefixtures("small_mlp")
 
 
 def run(capsys, *args):
     return call(train.main, capsys, *args)
 
 
-@pytest.mark.usefixtures("quick_compilation")
+@pytest.mark.optimized
 def test_20_epochs_of_the_defaults_learn_the_digits(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = run(capsys, "--devices", 1, "--epochs", 20)
@@ -46,6 +46,7 @@ def test_20_epochs_of_the_defaults_learn_the_digits(tmp_path, capsys, monkeypatc
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_second_gradient_beats_label_noise(tmp_path):
     args = ["--methods", "sgd", "bisam-log", "--rho", "1", "--label-noise", "0.4"]
     args += ["--seeds", "3", "--epochs", "25", "--no-equal-gradients"]
@@ -55,7 +56,7 @@ def test_second_gradient_beats_label_noise(tmp_path):
     assert float(rows["bisam-log"]["same_epochs_difference"]) > 0.05
 
 
-@quickly
+@with_small_mlp
 def test_options_reach_the_files_of_a_run(tmp_path, capsys):
     args = ["--method", "bisam-tanh", "--mu", "5", "--alpha", "0.2", "--base", "adamw"]
     args += ["--label-smoothing", "0", "--weight-decay", "0", "--learning-rate", "0.05"]
@@ -118,7 +119,7 @@ class Flat(nnx.Module):
 """
 
 
-@quickly
+@with_small_mlp
 def test_own_images_and_an_own_model(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
@@ -142,7 +143,7 @@ def test_own_images_and_an_own_model(tmp_path, capsys, monkeypatch):
     assert "test        accuracy 100.00 %" in out
 
 
-@quickly
+@with_small_mlp
 def test_the_same_seed_gives_the_same_run(tmp_path, capsys):
     columns = []
     for name in ("a", "b"):
@@ -152,7 +153,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path, capsys):
     assert len(columns[0]) == 2
 
 
-@quickly
+@with_small_mlp
 def test_a_preset_is_a_start_for_the_command_line(tmp_path, capsys):
     """Its values are overridden, saved and printed."""
     options = ["--dataset", "digits", "--model", "mlp", "--epochs", "1", "--crop-padding", "1"]
@@ -250,7 +251,7 @@ def test_an_existing_folder_is_never_overwritten(tmp_path, capsys):
     assert [path.name for path in folder.iterdir()] == ["notes.txt"]
 
 
-@quickly
+@with_small_mlp
 @pytest.mark.parametrize("examples", [128, 32], ids=["between steps", "after the last step"])
 def test_a_non_finite_loss_stops_the_run_and_names_the_step(examples, tmp_path, capsys):
     folder = tmp_path / "run"

@@ -39,7 +39,6 @@ def test_every_way_is_timed(capsys, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_times_are_measured(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
     options = at_once.AtOnceOptions(model="cnn", batch_size=4, at_once=(1,))

@@ -6,8 +6,6 @@ from experiments.benchmarks import steps
 from experiments.config import methods
 from tests.experiments.script import refusal
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 # Batch gradients of a step, by FLOPs. XLA shares a forward pass of some.
 GRADIENTS = {
     "sam": (2, 2),

@@ -19,8 +19,6 @@ from experiments.run.experiment import experiment_of
 from experiments.step.feeds import advance
 from experiments.step.layout import layout_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)

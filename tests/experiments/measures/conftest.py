@@ -18,11 +18,9 @@ def finished(tmp_path_factory):
     narrow = known._replace(module=functools.partial(models.MLP, width=16))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.ARCHITECTURES, "mlp", narrow)
-        jax.config.update("jax_disable_most_optimizations", True)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             compare.main([*GRID, "--output", str(folder / "grid")])
             for seed in ("0", "1"):
                 run = ["--method", "bisam-log", "--seed", seed, *TASK, "0.1", "--devices", "1"]
                 train.main([*run, "--output", str(folder / f"run{seed}")])
-        jax.config.update("jax_disable_most_optimizations", False)
     return folder

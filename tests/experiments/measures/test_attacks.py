@@ -11,7 +11,6 @@ from experiments.measures.attacks import MARGIN, WORST, Attacker, margin_loss, u
 from experiments.measures.masking import checked
 from experiments.measures.trained import Sample, Trained
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SHAPE = (3, 3, 1)
 # Grey images: no attack here reaches the ends of the scale.
 IMAGES = np.full((40, *SHAPE), 128, np.uint8)

@@ -13,7 +13,6 @@ from experiments.measures.edge_report import late
 from experiments.system import files
 from tests.experiments.script import call, refusal
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = ["--train-examples", 40, "--widths", 5, 4, "--steps", 4, "--every", 2, "--seeds", 2]
 
 

@@ -9,7 +9,7 @@ from experiments.system import files
 from tests.experiments.comparison.made_up import TASK
 from tests.experiments.script import call, refusal
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "small_mlp")
+pytestmark = pytest.mark.usefixtures("small_mlp")
 ABOUT = {"command": "the command", "versions": {"jax": "1.2.3"}, "hardware": {}, "examples": 100}
 
 

@@ -15,7 +15,7 @@ from experiments.measures.trained import trained_in
 from experiments.system import files
 from tests.experiments.script import call, refusal
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "small_mlp")
+pytestmark = pytest.mark.usefixtures("small_mlp")
 SMALL = ["--examples", 64, "--radii", 0.1, 0.5, "--adaptive-radii", 1, "--steps", 5]
 SMALL += ["--directions", 4, "--eigenvalues", 2, "--num-matvecs", 8, "--points", 3]
 

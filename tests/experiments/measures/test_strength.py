@@ -16,7 +16,7 @@ from experiments.measures.strength_run import measured_along
 from experiments.run.experiment import experiment_of
 from experiments.step.layout import layout_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "small_mlp")
+pytestmark = pytest.mark.usefixtures("small_mlp")
 
 
 @pytest.fixture

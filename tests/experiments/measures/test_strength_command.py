@@ -62,7 +62,6 @@ def test_the_report(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_convolutional_networks_are_measured_one_after_another():
     task = {"train_examples": 32, "batch_size": 16, "epochs": 1, "seeds": 2, "model": "cnn"}
     grid = Grid(methods=("sgd",), **task)
@@ -74,7 +73,7 @@ def test_convolutional_networks_are_measured_one_after_another():
     assert first.loss_rise > 0 < second.loss_rise != first.loss_rise
 
 
-@pytest.mark.usefixtures("quick_compilation", "small_mlp")
+@pytest.mark.usefixtures("small_mlp")
 def test_the_command(tmp_path, capsys):
     folder = tmp_path / "new"
     args = [*SMALL, "--methods", "sgd", "sam", "--output", folder]

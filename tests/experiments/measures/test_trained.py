@@ -15,7 +15,7 @@ from experiments.measures.trained import trained_in
 from experiments.system import files
 from tests.experiments.script import refusal
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "small_mlp")
+pytestmark = pytest.mark.usefixtures("small_mlp")
 ALL = 10_000
 
 

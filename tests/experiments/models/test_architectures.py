@@ -44,7 +44,6 @@ SIZES = {
     "resnet50": (23_528_522, 50 + 4),
 }
 KEY = jax.random.key(1)
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def some(names, kept):

@@ -12,8 +12,6 @@ from flax import nnx
 from experiments.models import cifar_resnet, densenet, layers, resnet, vit, wide_resnet
 from tests.experiments.models.values import module, normal
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 FLOAT32, BFLOAT16 = jnp.float32, jnp.bfloat16
 KEY = jax.random.key(1)
 

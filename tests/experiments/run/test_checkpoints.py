@@ -36,7 +36,7 @@ def test_arrays_of_other_values_are_not_restored(tmp_path):
     checkpoints.close()
 
 
-@pytest.mark.usefixtures("quick_compilation", "small_mlp")
+@pytest.mark.usefixtures("small_mlp")
 def test_a_run_keeps_and_tests_the_last_of_the_best_epochs(tmp_path, monkeypatch):
     """It evaluates each epoch, then the test part with the last and the best parameters."""
     made = training.experiment_from

@@ -12,7 +12,7 @@ from tests.experiments import tiny_dataset
 from tests.experiments.run import runs
 from tests.experiments.script import HEARTBEAT_TIMEOUT, start, start_together
 
-pytestmark = [pytest.mark.processes, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = [pytest.mark.processes]
 
 # 416 steps, a save every 50: a run can be stopped in the middle.
 LONG = ["--epochs", "4", "--batch-size", "12", "--checkpoint-every", "50", "--method", "friendly"]

@@ -15,7 +15,7 @@ from experiments.run.experiment import _prepare
 from experiments.run.training import experiment_from
 from experiments.step.train_step import keys_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "small_mlp")
+pytestmark = pytest.mark.usefixtures("small_mlp")
 
 PLAIN = {"method": "sgd"}
 MIXED = {"method": "bisam-log", "label_smoothing": 0.0}

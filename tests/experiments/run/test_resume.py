@@ -16,7 +16,6 @@ from tests.experiments.run.runs import assert_same_run, rows_of, saved_steps
 from tests.experiments.script import call
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compilation"),
     # When one file is damaged, orbax's reads of the others end after their event loop.
     pytest.mark.filterwarnings(
         "ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"

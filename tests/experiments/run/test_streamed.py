@@ -8,7 +8,7 @@ from experiments.run.training import train
 from tests.experiments import tiny_dataset
 from tests.experiments.run.runs import rows_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation", "small_mlp")
+pytestmark = pytest.mark.usefixtures("small_mlp")
 
 STREAMED = {"dataset": "varied", "image_size": 16}
 IN_MEMORY = {"dataset": "square"}

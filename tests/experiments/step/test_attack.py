@@ -15,7 +15,6 @@ from experiments.step.attack import attacked_step
 from experiments.step.layout import layout_of
 from experiments.step.train_step import Batch, TrainState, cross_entropy
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
 LOSS = cross_entropy(0.0)
 IMAGES = jax.random.uniform(jax.random.key(0), (6, 3, 3, 1))
 BATCH = Batch(2 * IMAGES - 1, jnp.arange(6) % 2, jnp.arange(6))

@@ -6,8 +6,6 @@ import pytest
 
 from experiments.step import augmentation
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 KEY = jax.random.key(0)
 
 random_crop = jax.jit(augmentation.random_crop, static_argnums=2)

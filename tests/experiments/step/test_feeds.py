@@ -15,8 +15,6 @@ from experiments.step import train_step
 from experiments.step.feeds import InMemory, advance, windows
 from experiments.step.layout import layout_of
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 LAYOUT = layout_of(resolve(Config()), Place(devices=1))
 SPLIT = data.Split(np.zeros((40, 2, 2, 1), np.uint8), np.arange(40, dtype=np.int32))
 

@@ -16,7 +16,7 @@ WAYS = ("jit", "shard_map", "pmap")
 STEPS = 4
 
 
-pytestmark = [pytest.mark.devices, pytest.mark.usefixtures("quick_compilation")]
+pytestmark = [pytest.mark.devices]
 
 
 def slow(*values, **options):

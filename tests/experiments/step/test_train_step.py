@@ -15,8 +15,6 @@ from experiments.config.methods import METHODS, PERTURBATIONS
 from experiments.step import train_step
 from experiments.step.method import build_method
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 BATCH = train_step.Batch(
     images=jax.random.uniform(jax.random.key(0), (40, 8, 8, 1)),
     labels=jnp.arange(40, dtype=jnp.int32) % 10,
