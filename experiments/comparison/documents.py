@@ -18,8 +18,9 @@ _MARKED = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.S)
 
 
 def there(root: Path) -> list[Comparison]:
-    """Returns the comparisons in results/, one per task, by increasing label noise."""
-    comparisons = results.merged(results.read_results(root / RESULTS))
+    """Returns the comparisons in results/*-noise-*, one per task, by increasing label noise."""
+    folders = sorted((root / RESULTS).glob("*-noise-*"))
+    comparisons = results.merged(itertools.chain.from_iterable(map(results.read_results, folders)))
     return sorted(comparisons, key=lambda comparison: comparison.task["label_noise"])
 
 

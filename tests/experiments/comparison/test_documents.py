@@ -45,7 +45,7 @@ def test_radii():
 
 
 def test_only_what_is_marked_is_rewritten(tmp_path):
-    for name, noise in (("more", 0.4), ("less", 0.2)):
+    for name, noise in (("digits-noise-more", 0.4), ("digits-noise-less", 0.2), ("mu-search", 0.9)):
         folder = tmp_path / "results" / name
         folder.mkdir(parents=True)
         known = comparison_of(SGD, SAM, task=TASK | {"label_noise": noise}, command=name)
@@ -64,7 +64,7 @@ def test_only_what_is_marked_is_rewritten(tmp_path):
         assert "old" not in text
     tables = updated[paths[0]]
     assert "| method | epochs | 20 % wrong labels | 40 % wrong labels |" in tables
-    assert "```sh\nless\nmore\n```" in tables
+    assert "```sh\ndigits-noise-less\ndigits-noise-more\n```" in tables
 
 
 def test_the_plot_has_the_accuracies_at_every_share(monkeypatch):
