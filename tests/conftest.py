@@ -1,6 +1,5 @@
 """Settings that turn mistakes into errors, made before JAX starts."""
 
-import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,9 +18,6 @@ os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 
 # Compilation dominates: most programs run a few steps.
 jax.config.update("jax_disable_most_optimizations", True)
-# Tracing makes many objects and few cycles.
-gc.set_threshold(200_000, 20, 100)
-
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -49,7 +49,7 @@ def test_20_epochs_of_the_defaults_learn_the_digits(tmp_path, capsys, monkeypatc
 @pytest.mark.optimized
 def test_second_gradient_beats_label_noise(tmp_path):
     args = ["--methods", "sgd", "bisam-log", "--rho", "1", "--label-noise", "0.4"]
-    args += ["--seeds", "3", "--epochs", "25", "--no-equal-gradients"]
+    args += ["--seeds", "2", "--epochs", "20", "--no-equal-gradients"]
     args += ["--output", str(tmp_path / "new")]
     compare.main(args)
     rows = {row["method"]: row for row in files.read_csv(tmp_path / "new" / "summary.csv")}

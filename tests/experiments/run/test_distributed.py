@@ -128,7 +128,7 @@ def test_when_one_process_is_killed_the_other_ends_with_a_message(victim, single
     assert f"--resume {folder}" in err.splitlines()[-1]
     processes[victim].communicate()
     if victim == 0:  # the same checkpoints remain
-        ends(start_together("--resume", folder, cwd=tmp_path))
+        ends([start("--resume", folder, "--devices", 2, cwd=tmp_path, devices=2, quick=True)])
         assert_same_run(folder, single)
 
 

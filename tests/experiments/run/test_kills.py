@@ -10,10 +10,10 @@ from tests.experiments.script import start
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
 
-# 1,256 steps with a save every 40: most of the time, a run is within an epoch and within a save.
-LONG = ["--epochs", "4", "--batch-size", "4", "--learning-rate", "0.01", "--checkpoint-every", "40"]
+# 628 steps with a save every 40: most of the time, a run is within an epoch and within a save.
+LONG = ["--epochs", "2", "--batch-size", "4", "--learning-rate", "0.01", "--checkpoint-every", "40"]
 LONG += ["--method", "efficient"]
-STEPS = 4 * 314
+STEPS = 2 * 314
 
 
 def is_saving(folder):
