@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.measures.attacks import MARGIN, WORST, Attacker, margin_loss, usual_attack
+from experiments.measures.attacks import (
+    CROSS_ENTROPY,
+    MARGIN,
+    WORST,
+    Attacker,
+    margin_loss,
+    usual_attack,
+)
 from experiments.measures.masking import checked
 from experiments.measures.trained import Sample, Trained
 
@@ -105,3 +112,16 @@ def test_networks_are_attacked_separately():
     found = Attacker(networks(bias=np.array([9.0, 0.01]))).accuracies(usual_attack("l2", 16.0))
     assert found[WORST].tolist() == [1.0, 0.0]
     assert jax.tree.all({name: len(values) == 2 for name, values in found.items()})
+
+
+def test_the_worst_of_two_losses(monkeypatch):
+    attacker = Attacker(networks(bias=0.5 * 8 / 255 * norms(1)))
+    real, clean = attacker.images, jnp.broadcast_to(IMAGES[None] / 255, (2, *IMAGES.shape))
+
+    def weak_margin(attack, loss, restart):
+        return clean if loss == MARGIN else real(attack, loss, restart)
+
+    monkeypatch.setattr(attacker, "images", weak_margin)
+    found = attacker.accuracies(usual_attack("linf", 8.0))
+    assert (found[MARGIN] > found[CROSS_ENTROPY]).all()
+    np.testing.assert_array_equal(found[WORST], found[CROSS_ENTROPY])
