@@ -59,7 +59,7 @@ def main(args: Sequence[str] | None = None) -> None:
         folder = folder_for(options.output, f"{base_name(task['dataset'])}-robustness")
         plain = next((t for t in trained if t.recipe.method_spec.is_plain), None)
         of_plain = (plain.name, Attacker(plain)) if plain else None
-        rows, checks = [], []
+        rows, checks, of_checks = [], [], []
         with progress.shown((len(options.attacks) + 1) * len(trained), "attack") as bar:
             for networks in trained:
                 name, seeds, attacker = networks.name, networks.seeds, Attacker(networks)
@@ -69,15 +69,14 @@ def main(args: Sequence[str] | None = None) -> None:
                     bar.advance(1)
                 other = of_plain if plain and _differ_in_training(plain, networks) else None
                 strongest = options.attacks[len(set(options.linf)) - 1]
-                new_checks, needed = checked(name, seeds, attacker, strongest, other)
-                checks += new_checks
-                # Those of the table are there already.
-                rows += [row for row in needed if row not in rows]
+                made, needed = checked(name, seeds, attacker, strongest, other)
+                checks += made
+                of_checks += needed
                 bar.advance(1)
         folder.mkdir(parents=True, exist_ok=True)
         baseline = plain.name if plain else trained[0].name
         known = about("robustness", given) | {"examples": len(trained[0].test.images)}
-        how = (options.attacks, checks, baseline, task, known)
+        how = (options.attacks, checks, of_checks, baseline, task, known)
         write_robustness_report(folder, rows, *how)
     print(f"wrote {folder / 'report.md'} and {folder / 'report.html'}")
 

@@ -46,10 +46,7 @@ def write_report(folder: Path, sections: Sequence[Section]) -> None:
     images: dict[str, str] = {}
     parts = [_section(known, number, images, folder) for number, known in enumerate(sections, 1)]
     text = "\n\n".join(["# " + _title(comparisons), *parts, _METHOD, _origins(comparisons)]) + "\n"
-    for name, image in images.items():
-        files.write_text(folder / name, image)
-    files.write_text(folder / "report.md", text)
-    files.write_text(folder / "report.html", html_page(text, images))
+    write_pages(folder, text, images)
     _write_summary(folder / "summary.csv", sections)
 
 
@@ -254,6 +251,14 @@ def _write_summary(path: Path, sections: Sequence[Section]) -> None:
                     line |= {f"{name}_{part}": value for part, value in parts}
             lines.append(line)
     files.write_csv(path, _SUMMARY, lines)
+
+
+def write_pages(folder: Path, text: str, images: Mapping[str, str]) -> None:
+    """Writes report.md, report.html and the images, which are SVG by file name."""
+    for name, image in images.items():
+        files.write_text(folder / name, image)
+    files.write_text(folder / "report.md", text)
+    files.write_text(folder / "report.html", html_page(text, images))
 
 
 def html_page(text: str, images: Mapping[str, str]) -> str:

@@ -6,8 +6,8 @@ interval. The test only assumes that, under the null hypothesis, both signs of a
 equally likely.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.stats
@@ -79,6 +79,19 @@ def estimate(values: Sequence[float | None]) -> Estimate:
     error = float(numbers.std(ddof=1) / np.sqrt(count))
     half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
     return Estimate(mean, error, mean - half, mean + half, count)
+
+
+def estimates_of(
+    values: Iterable[tuple[Any, Any, float]],
+) -> dict[Any, dict[Any, Estimate]]:
+    """Returns estimates by name and place, of `(name, place, value)` for every seed."""
+    known: dict[Any, dict[Any, list[float | None]]] = {}
+    for name, place, value in values:
+        known.setdefault(name, {}).setdefault(place, []).append(value)
+    return {
+        name: {place: estimate(found) for place, found in line.items()}
+        for name, line in known.items()
+    }
 
 
 def candidates(results: Sequence[Result]) -> list[Candidate]:

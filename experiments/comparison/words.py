@@ -1,8 +1,10 @@
 """Tasks and origins of results, in words."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from experiments.comparison.grid import task_of
+from experiments.comparison.significance import Estimate
 from experiments.config.config import Config
 from experiments.config.recipe import resolve
 
@@ -30,6 +32,18 @@ def setting_in_words(task: dict[str, Any]) -> str:
         if task[name] != usual[name]:
             parts.append(f"{name.replace('_', ' ')} {task[name]}")
     return ", ".join([*parts[:3], *sorted(parts[3:])])
+
+
+def table(rows: Iterable[Sequence[str]]) -> str:
+    """Returns a Markdown table. The second row says how columns are aligned."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def points(difference: Estimate) -> str:
+    """Returns a difference in points with half of its interval, marked if that excludes zero."""
+    mark = "**" if difference.low > 0 else "*" if difference.high < 0 else ""
+    half = f" ± {100 * (difference.high - difference.mean):.2f}" if difference.count > 1 else ""
+    return f"{mark}{100 * difference.mean:+.2f}{half}{mark}"
 
 
 def duration(seconds: float) -> str:

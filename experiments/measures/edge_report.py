@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.comparison import drawing
-from experiments.comparison.report import html_page
-from experiments.comparison.significance import Estimate, estimate
-from experiments.comparison.words import computed_with
+from experiments.comparison.report import write_pages
+from experiments.comparison.significance import Estimate, estimate, estimates_of
+from experiments.comparison.words import computed_with, table
 from experiments.measures.edge import Curvature, Setting
 from experiments.system import files
 
@@ -57,10 +57,7 @@ def write_edge_report(
             computed_with(about),
         ]
     )
-    for name, image in images.items():
-        files.write_text(folder / name, image)
-    files.write_text(folder / "report.md", text + "\n")
-    files.write_text(folder / "report.html", html_page(text, images))
+    write_pages(folder, text + "\n", images)
 
 
 def late(
@@ -78,11 +75,7 @@ def late(
 def _course(
     measured: Sequence[Curvature], method: str, value: Callable[[Curvature], float]
 ) -> dict[float, Estimate]:
-    by_step: dict[float, list[float | None]] = {}
-    for m in measured:
-        if m.method == method:
-            by_step.setdefault(m.step, []).append(value(m))
-    return {step: estimate(values) for step, values in by_step.items()}
+    return estimates_of((method, m.step, value(m)) for m in measured if m.method == method)[method]
 
 
 def _table(measured: Sequence[Curvature], methods: Sequence[str], setting: Setting) -> str:
@@ -99,7 +92,7 @@ def _table(measured: Sequence[Curvature], methods: Sequence[str], setting: Setti
     for method in methods:
         values = [late(measured, method, value) for _, value in columns]
         rows.append([method, str(values[0].count), *map(_cell, values)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return table(rows)
 
 
 def _cell(value: Estimate) -> str:

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.comparison import drawing
-from experiments.comparison.report import html_page
-from experiments.comparison.significance import Estimate, estimate
-from experiments.comparison.words import computed_with, task_in_words
+from experiments.comparison.report import write_pages
+from experiments.comparison.significance import Estimate, estimate, estimates_of
+from experiments.comparison.words import computed_with, points, table, task_in_words
 from experiments.measures.attacks import WORST, Attack
 from experiments.step.attack import LEVELS
 from experiments.system import files
@@ -60,24 +60,26 @@ def write_robustness_report(
     robust: Sequence[Robust],
     attacks: Sequence[Attack],
     checks: Sequence[Check],
+    of_checks: Sequence[Robust],
     baseline: str,
     task: dict[str, Any],
     about: dict[str, Any],
 ) -> None:
-    """Writes robustness.csv, report.md, report.html and the plot.
+    """Writes robustness.csv, checks.csv, report.md, report.html and the plot.
 
     Args:
         folder: an existing folder.
-        robust: the accuracies.
-        attacks: the attacks of the table.
+        robust: the clean accuracies, and those under the attacks.
+        attacks: the attacks.
         checks: the checks of the attacks.
+        of_checks: the accuracies behind the checks.
         baseline: name of the networks that the others are compared with.
         task: what all networks have in common.
         about: command, versions, hardware and number of examples.
     """
     files.write_csv(folder / "robustness.csv", Robust._fields, (r._asdict() for r in robust))
-    asked = {(attack.norm, attack.radius, attack.steps) for attack in attacks} | {("", 0.0, 0)}
-    shown = [r for r in robust if _is_worst(r) and (r.norm, r.radius, r.steps) in asked]
+    files.write_csv(folder / "checks.csv", Robust._fields, (r._asdict() for r in of_checks))
+    shown = [r for r in robust if r.loss == WORST]
     image = drawing.panels(
         {norm: _lines(shown, norm) for norm in dict.fromkeys(a.norm for a in attacks)},
         "radius (1/255)",
@@ -101,9 +103,7 @@ def write_robustness_report(
             computed_with(about),
         ]
     )
-    files.write_text(folder / "1-robust.svg", image)
-    files.write_text(folder / "report.md", text + "\n")
-    files.write_text(folder / "report.html", html_page(text, {"1-robust.svg": image}))
+    write_pages(folder, text + "\n", {"1-robust.svg": image})
 
 
 _WHAT = (
@@ -112,20 +112,9 @@ _WHAT = (
 )
 
 
-def _is_worst(r: Robust) -> bool:
-    return r.loss == WORST and not r.source
-
-
 def _lines(robust: Sequence[Robust], norm: str) -> dict[str, dict[float, Estimate]]:
     """Returns clean and worst accuracies by network and radius."""
-    values: dict[str, dict[float, list[float | None]]] = {}
-    for r in robust:
-        if r.norm in ("", norm):
-            values.setdefault(r.network, {}).setdefault(r.radius, []).append(r.accuracy)
-    return {
-        network: {radius: estimate(known) for radius, known in sorted(line.items())}
-        for network, line in values.items()
-    }
+    return estimates_of((r.network, r.radius, r.accuracy) for r in robust if r.norm in ("", norm))
 
 
 def _table(robust: Sequence[Robust], attacks: Sequence[Attack], baseline: str) -> str:
@@ -142,10 +131,10 @@ def _table(robust: Sequence[Robust], attacks: Sequence[Attack], baseline: str) -
             cell = _percent(estimate(list(ours.values())))
             common = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
             if network != baseline and len(common) > 1:
-                cell += f"<br>{_points(estimate(common))}"
+                cell += f"<br>{points(estimate(common))}"
             cells.append(cell)
         rows.append([network, str(len(known[network, "", 0.0])), *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return table(rows)
 
 
 def _percent(value: Estimate) -> str:
@@ -153,16 +142,11 @@ def _percent(value: Estimate) -> str:
     return f"{100 * value.mean:.2f}{half}"
 
 
-def _points(value: Estimate) -> str:
-    mark = "**" if value.low > 0 else "*" if value.high < 0 else ""
-    return f"{mark}{100 * value.mean:+.2f} ± {100 * (value.high - value.mean):.2f}{mark}"
-
-
 def _checks(checks: Sequence[Check]) -> str:
     words = {True: "holds", False: "**does not hold**", None: "not checked"}
     rows = [["check", "networks", "found", ""], ["---"] * 4]
     rows += [[c.name, c.network, c.numbers, words[c.holds]] for c in checks]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return table(rows)
 
 
 def _method(attacks: Sequence[Attack], about: dict[str, Any]) -> str:
@@ -175,7 +159,7 @@ def _method(attacks: Sequence[Attack], about: dict[str, Any]) -> str:
   after all of them. Radii and steps are of pixels in [0, 1]; the normalization is part of the
   network.
 * Measured on the first {about["examples"]:,} test examples, at the parameters of the best epoch.
-* robustness.csv has every accuracy of every seed, also by loss."""
+* robustness.csv has every accuracy of every seed, also by loss; checks.csv those of the checks."""
 
 
 def rows_of_accuracies(

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.comparison import drawing
-from experiments.comparison.report import html_page
-from experiments.comparison.significance import Estimate, estimate
-from experiments.comparison.words import computed_with, task_in_words
+from experiments.comparison.report import write_pages
+from experiments.comparison.significance import Estimate, estimate, estimates_of
+from experiments.comparison.words import computed_with, table, task_in_words
 from experiments.measures.findings import Finding, Measures
 from experiments.measures.sharpness import (
     ADAPTIVE_BALL,
@@ -20,8 +20,8 @@ from experiments.measures.sharpness import (
 from experiments.measures.slices import Slices
 from experiments.system import files
 
-# Estimates by network and place.
-Lines = dict[str, dict[float, Estimate]]
+# Estimates by network and place; the place of a single number is None.
+Lines = dict[str, dict[Any, Estimate]]
 
 
 def write_sharpness_report(
@@ -50,22 +50,16 @@ def write_sharpness_report(
     parts += ["## The numbers", _table(numbers, measures), _method(measures, about)]
     parts += [f"```sh\n{about['command']}\n```", computed_with(about)]
     text = "\n\n".join(parts) + "\n"
-    for name, image in images.items():
-        files.write_text(folder / name, image)
-    files.write_text(folder / "report.md", text)
-    files.write_text(folder / "report.html", html_page(text, images))
+    write_pages(folder, text, images)
 
 
 def lines_of(numbers: Iterable[Finding], quantity: str, ball: str = "") -> Lines:
     """Returns the estimates over seeds of a quantity, by network and place."""
-    values: dict[str, dict[float, list[float | None]]] = {}
-    for n in numbers:
-        if (n.quantity, n.ball) == (quantity, ball):
-            values.setdefault(n.network, {}).setdefault(n.at, []).append(n.value)
-    return {
-        network: {at: estimate(known) for at, known in line.items()}
-        for network, line in values.items()
-    }
+    return estimates_of(
+        (n.network, None if math.isnan(n.at) else n.at, n.value)
+        for n in numbers
+        if (n.quantity, n.ball) == (quantity, ball)
+    )
 
 
 _ALT = {
@@ -114,10 +108,10 @@ def _table(numbers: Sequence[Finding], measures: Measures) -> str:
     plain, adaptive = (
         radii[len(radii) // 2] for radii in (measures.radii, measures.adaptive_radii)
     )
-    columns: list[tuple[str, Lines, float, float]] = [
-        ("test error (%)", lines_of(numbers, "test error"), math.nan, 100),
-        ("error (%)", lines_of(numbers, "error"), math.nan, 100),
-        ("loss", lines_of(numbers, "loss"), math.nan, 1),
+    columns: list[tuple[str, Lines, float | None, float]] = [
+        ("test error (%)", lines_of(numbers, "test error"), None, 100),
+        ("error (%)", lines_of(numbers, "error"), None, 100),
+        ("loss", lines_of(numbers, "loss"), None, 1),
     ]
     for ball, rho in ((PLAIN_BALL, plain), (ADAPTIVE_BALL, adaptive)):
         for what in (ONE_STEP, WORST):
@@ -125,7 +119,7 @@ def _table(numbers: Sequence[Finding], measures: Measures) -> str:
             columns.append((f"{ball} {rho:g}, {what}", lines, rho, 1))
     columns += [
         ("largest eigenvalue", lines_of(numbers, "eigenvalue"), 1.0, 1),
-        ("trace", lines_of(numbers, "trace"), math.nan, 1),
+        ("trace", lines_of(numbers, "trace"), None, 1),
     ]
     networks = list(columns[0][1])
     rows = [
@@ -133,16 +127,9 @@ def _table(numbers: Sequence[Finding], measures: Measures) -> str:
         ["---", *["---:"] * (len(columns) + 1)],
     ]
     for network in networks:
-        cells = [_cell(_at(lines[network], at), scale) for _, lines, at, scale in columns]
-        rows.append([network, str(_at(columns[0][1][network], math.nan).count), *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _at(line: Mapping[float, Estimate], at: float) -> Estimate:
-    if math.isnan(at):
-        (only,) = line.values()
-        return only
-    return line[at]
+        cells = [_cell(lines[network][at], scale) for _, lines, at, scale in columns]
+        rows.append([network, str(columns[0][1][network][None].count), *cells])
+    return table(rows)
 
 
 def _cell(value: Estimate, scale: float) -> str:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.comparison import drawing
-from experiments.comparison.report import html_page
-from experiments.comparison.significance import Estimate, estimate
-from experiments.comparison.words import computed_with, task_in_words
+from experiments.comparison.report import write_pages
+from experiments.comparison.significance import Estimate, estimate, estimates_of
+from experiments.comparison.words import computed_with, points, task_in_words
 from experiments.measures.strength import TRAINING_LOSS
 from experiments.measures.strength_run import Measured
 from experiments.system import files
@@ -44,10 +44,7 @@ def write_strength_report(
         parts += [f"### After epoch {epoch}\n\n{_table(rows, epoch)}" for epoch in _epochs(rows)]
     parts += [_METHOD, f"```sh\n{about['command']}\n```", computed_with(about)]
     text = "\n\n".join(parts) + "\n"
-    for name, image in images.items():
-        files.write_text(folder / name, image)
-    files.write_text(folder / "report.md", text)
-    files.write_text(folder / "report.html", html_page(text, images))
+    write_pages(folder, text, images)
 
 
 def paired(measured: Sequence[Measured]) -> Iterator[tuple[Measured, float]]:
@@ -70,11 +67,6 @@ def differences_of(measured: Sequence[Measured]) -> dict[Key, Estimate]:
     return {key: estimate(values) for key, values in known.items()}
 
 
-def _sign(value: Estimate) -> int:
-    """Returns whether the 95 % interval is above (1) or below (-1) zero, or contains it (0)."""
-    return int(value.low > 0) - int(value.high < 0)
-
-
 def by_radius(measured: Sequence[Measured]) -> dict[tuple[str, float], Estimate]:
     """Returns the paired differences by ascended loss and radius.
 
@@ -83,10 +75,10 @@ def by_radius(measured: Sequence[Measured]) -> dict[tuple[str, float], Estimate]
     of_seed: dict[tuple[str, float, int], list[float]] = {}
     for m, difference in paired(measured):
         of_seed.setdefault((m.ascended, m.rho, m.seed), []).append(difference)
-    means: dict[tuple[str, float], list[float | None]] = {}
-    for (ascended, rho, _), values in of_seed.items():
-        means.setdefault((ascended, rho), []).append(statistics.fmean(values))
-    return {key: estimate(values) for key, values in means.items()}
+    known = estimates_of(
+        (ascended, rho, statistics.fmean(values)) for (ascended, rho, _), values in of_seed.items()
+    )
+    return {(name, rho): value for name, line in known.items() for rho, value in line.items()}
 
 
 def _in_short(measured: Sequence[Measured]) -> str:
@@ -101,16 +93,9 @@ def _in_short(measured: Sequence[Measured]) -> str:
         f"| --- |{' ---: |' * len(radii)}",
     ]
     for ascended in dict.fromkeys(name for name, _ in known):
-        cells = (_cell(known[ascended, rho]) for rho in radii)
+        cells = (points(known[ascended, rho]) for rho in radii)
         lines.append(f"| {ascended} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _cell(value: Estimate) -> str:
-    """Returns a difference in points with the half width of its interval."""
-    mark = {1: "**", 0: "", -1: "*"}[_sign(value)]
-    half = f" ± {100 * (value.high - value.mean):.2f}" if value.count > 1 else ""
-    return f"{mark}{100 * value.mean:+.2f}{half}{mark}"
 
 
 def _epochs(rows: Sequence[Measured]) -> list[int]:
@@ -119,16 +104,9 @@ def _epochs(rows: Sequence[Measured]) -> list[int]:
 
 def _rises(rows: Sequence[Measured]) -> dict[int, dict[str, dict[float, Estimate]]]:
     """Returns the rise of the error by epoch, loss and radius."""
-    by_epoch: dict[int, dict[str, dict[float, list[float | None]]]] = {}
-    for m in rows:
-        line = by_epoch.setdefault(m.epoch, {}).setdefault(m.ascended, {})
-        line.setdefault(m.rho, []).append(m.error_rise)
     return {
-        epoch: {
-            name: {rho: estimate(values) for rho, values in line.items()}
-            for name, line in lines.items()
-        }
-        for epoch, lines in by_epoch.items()
+        epoch: estimates_of((m.ascended, m.rho, m.error_rise) for m in rows if m.epoch == epoch)
+        for epoch in _epochs(rows)
     }
 
 
@@ -149,7 +127,7 @@ def _table(rows: Sequence[Measured], epoch: int) -> str:
             if name == TRAINING_LOSS:
                 cells.append(f"{100 * line[rho].mean:+.2f}")
                 continue
-            cells.append(_cell(differences[here[0].method, epoch, name, rho]))
+            cells.append(points(differences[here[0].method, epoch, name, rho]))
         lines.append(f"| {name} | {estimate(cosines[name]).mean:.3f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

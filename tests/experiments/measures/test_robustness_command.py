@@ -25,8 +25,9 @@ def test_the_command(finished, tmp_path, capsys):
     worst = {
         (row["network"], row["seed"], row["norm"], float(row["radius"])): float(row["accuracy"])
         for row in rows
-        if row["loss"] == "worst" and row["steps"] in ("0", "10") and not row["source"]
+        if row["loss"] == "worst"
     }
+    assert len(worst) == sum(row["loss"] == "worst" for row in rows) == 3 * 2 * 5
     for name in names:
         for seed in "01":
             for norm, small, large in (("linf", 1.0, 2.0), ("l2", 16.0, 32.0)):
@@ -47,11 +48,11 @@ def accuracies(network, values, radius=2.0):
 def test_the_report(tmp_path):
     robust = accuracies("sgd", [0.9, 0.8, 0.7], 0) + accuracies("sgd", [0.5, 0.4, 0.3])
     robust += accuracies("sam", [0.9, 0.8, 0.7], 0) + accuracies("sam", [0.61, 0.5, 0.39])
-    # Of another attack, which the table does not have.
-    robust += [row._replace(steps=40, accuracy=0.0) for row in accuracies("sam", [1.0] * 3)]
+    # The same attack with one random start: no part of the table.
+    of_checks = accuracies("sam", [1.0] * 3)
     checks = [Check("it holds", "sgd", "1 %", True), Check("it does not", "sgd", "2 %", False)]
     attacks = [usual_attack("linf", 2.0)]
-    write_robustness_report(tmp_path, robust, attacks, checks, "sgd", TASK, ABOUT)
+    write_robustness_report(tmp_path, robust, attacks, checks, of_checks, "sgd", TASK, ABOUT)
     text = (tmp_path / "report.md").read_text()
     assert "| sgd | 3 | 80.00 ± 24.84 | 40.00 ± 24.84 |" in text
     assert "<br>+0.00 ± 0.00 |" in text
@@ -59,7 +60,8 @@ def test_the_report(tmp_path):
     assert "| it holds | sgd | 1 % | holds |" in text
     assert "| it does not | sgd | 2 % | **does not hold** |" in text
     assert "linf 2/255 with step 0.5/255" in text
-    assert len(files.read_csv(tmp_path / "robustness.csv")) == 15
+    assert len(files.read_csv(tmp_path / "robustness.csv")) == 12
+    assert len(files.read_csv(tmp_path / "checks.csv")) == 3
 
 
 @pytest.mark.parametrize(
