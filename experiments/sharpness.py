@@ -94,9 +94,10 @@ def main(args: Sequence[str] | None = None) -> None:
         slices: dict[str, Slices] = {}
         with progress.shown(4 * len(trained), "measure") as bar:
             for networks in trained:
-                numbers += measured_sharpness(networks, measures)
-                bar.advance(1)
+                # First, since it refuses what does not fit in memory.
                 numbers += measured_curvature(networks, measures)
+                bar.advance(1)
+                numbers += measured_sharpness(networks, measures)
                 bar.advance(1)
                 name, normalised = networks.name, measures.normalised_logits
                 slices[name] = measured_slices(networks, options.points, normalised)

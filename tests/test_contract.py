@@ -105,7 +105,18 @@ def two_steps(method, rho):
     return results
 
 
-@each_method
+# One of each kind by default; all in CI.
+_DEFAULT = ("bisam", "gsam", "tilted", "sparse dynamic", "efficient", "look")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        pytest.param(method, id=name, marks=[] if name in _DEFAULT else pytest.mark.slow)
+        for name, method in METHODS.items()
+    ],
+    scope="module",
+)
 def test_zero_radius_is_the_base_optimizer(method):
     expected = [gradient(optax.tree.scale(scale, PARAMS)) for scale in (1.0, 0.5)]
     results = two_steps(without_chance(method), 0.0)

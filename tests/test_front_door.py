@@ -163,8 +163,10 @@ TWO_GROUPS = mlp_batch(examples=32)
 
 
 # One whose state is neither counted nor averaged shows what microbatches make of states.
+_DEFAULT = ("bisam", "sparse fisher", "tilted", "look")
 each_grouping = [
-    *((name, None) for name in METHODS),
+    *((name, None) for name in _DEFAULT),
+    *(pytest.param(n, None, marks=pytest.mark.slow) for n in METHODS if n not in _DEFAULT),
     ("sparse dynamic", 16),
     *(pytest.param(name, 16, marks=pytest.mark.slow) for name in ("bisam", "efficient")),
 ]

@@ -30,7 +30,7 @@ def test_sams_edge():
     np.testing.assert_allclose(sams_edge(h * w, eta, 0), 2 / eta)
 
 
-@pytest.mark.parametrize("loss", ["squared", "logistic"])
+@pytest.mark.parametrize("loss", ["squared", pytest.param("logistic", marks=pytest.mark.slow)])
 def test_the_first_curvature_is_that_of_the_dense_hessian(loss):
     setting = Setting(loss, 0.1, 0.1, steps=1, every=1, widths=(3,))
     found, examples = curvature_along(Source("digits", 40), ["gd", "sam"], 2, setting)
@@ -69,6 +69,7 @@ def test_the_first_curvature_is_that_of_the_dense_hessian(loss):
         assert later.loss == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, capsys):
     folder = tmp_path / "new"
     status, out, err = call(edge.main, capsys, *SMALL, "--output", folder)

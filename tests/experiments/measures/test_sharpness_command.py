@@ -31,6 +31,7 @@ def of_seed(networks, seed):
     return params, stats, (networks.train.images, networks.train.labels[seed])
 
 
+@pytest.mark.slow
 def test_the_command(finished, networks, tmp_path, capsys):
     folder = tmp_path / "new"
     names = (finished / "run0", finished / "run1")

@@ -73,6 +73,7 @@ def test_convolutional_networks_are_measured_one_after_another():
     assert first.loss_rise > 0 < second.loss_rise != first.loss_rise
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_mlp")
 def test_the_command(tmp_path, capsys):
     folder = tmp_path / "new"
