@@ -12,7 +12,6 @@ from experiments.config.config import Config
 from experiments.run.training import experiment_from
 from experiments.step.feeds import advance
 
-WAYS = ("jit", "shard_map", "pmap")
 STEPS = 4
 
 
