@@ -1,9 +1,8 @@
 """Chooses how many replicas to train at once.
 
-Matrix products of many replicas become one batched product, so networks without convolutions are
-trained together. Convolutions of many replicas become grouped convolutions, which XLA on CPU runs
-many times slower than one after another: there, every device trains one run at a time. On other
-devices both ways are timed.
+On CPU networks consist of matrix products (:mod:`experiments.models.convolution`), which become
+batched products of all replicas. Elsewhere, convolutions of many replicas become grouped
+convolutions, which may be slower than one after another: both ways are timed.
 """
 
 import statistics
@@ -11,7 +10,6 @@ import time
 
 import jax
 
-from experiments import models
 from experiments.comparison.replicas import Replicas
 from experiments.run.experiment import Experiment
 from experiments.system import machine
@@ -34,10 +32,10 @@ def program(experiment: Experiment, runs: int, limit: int | None) -> Replicas:
     Raises:
         ArgumentError: if the limit, or a single replica, does not fit in memory.
     """
-    if not models.architecture(experiment.recipe.model).convolutional:
+    if jax.default_backend() == "cpu":
         return _together(experiment, runs, limit)
     single = _fitting(experiment, min(runs, limit or runs, jax.local_device_count()), limit, False)
-    if jax.default_backend() == "cpu" or runs == 1:
+    if runs == 1:
         return single
     together = _together(experiment, runs, limit)
     seconds = [seconds_per_epoch(way) / way.count for way in (single, together)]

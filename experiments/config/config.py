@@ -41,8 +41,8 @@ class Task:
     """The data, the network, and the steps of training."""
 
     dataset: str = "digits"
-    """digits; an image classification data set of TFDS, such as cifar10; or the path of a folder,
-    prepared by TFDS or with a subfolder of images per class."""
+    """digits; mnist1d; an image classification data set of TFDS, such as cifar10; or the path of a
+    folder, prepared by TFDS or with a subfolder of images per class."""
     data_dir: OrDefault[Path] = None
     """The folder that TFDS prepared the data set in (default: TFDS's own)."""
     train_examples: OrDefault[int] = None

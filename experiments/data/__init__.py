@@ -14,6 +14,7 @@ from experiments.data.dataset import Part as Part
 from experiments.data.dataset import Source as Source
 from experiments.data.digits import digits
 from experiments.data.image_folder import image_folder
+from experiments.data.mnist1d import mnist1d
 from experiments.data.prepared import VERSION, is_prepared
 from experiments.data.prepared import is_path as is_path
 from experiments.data.splits import DatasetError as DatasetError
@@ -34,7 +35,7 @@ class DatasetSpec(NamedTuple):
         flip: whether half of the images are mirrored. Digits are not: a mirrored digit is wrong.
         cutout: share of the images that lose a square.
         checkpoint_epochs: epochs between checkpoints.
-        white: largest value of a pixel.
+        white: largest value of a pixel; None if the examples are no images.
     """
 
     load: Callable[[Source], Dataset] = tfds_images
@@ -45,13 +46,14 @@ class DatasetSpec(NamedTuple):
     flip: bool = True
     cutout: float = 0.0
     checkpoint_epochs: int = 1
-    white: int = 255
+    white: int | None = 255
 
 
 DATASETS = {
     "digits": DatasetSpec(
         digits, model="mlp", epochs=50, batch_size=32, flip=False, checkpoint_epochs=10, white=16
     ),
+    "mnist1d": DatasetSpec(mnist1d, model="cnn1d", flip=False, checkpoint_epochs=10, white=None),
     "mnist": DatasetSpec(crop_padding=2, flip=False),
     "svhn_cropped": DatasetSpec(crop_padding=4, flip=False),
     "fashion_mnist": DatasetSpec(crop_padding=2),
@@ -72,6 +74,18 @@ def dataset_spec(name: str) -> DatasetSpec:
     if not is_path(name):
         return spec
     return spec._replace(load=tfds_images if is_prepared(Path(name)) else image_folder)
+
+
+def white_of(name: str) -> int:
+    """Returns the largest value of a pixel.
+
+    Raises:
+        DatasetError: if the examples are no images.
+    """
+    white = dataset_spec(name).white
+    if white is None:
+        raise DatasetError(f"{name} has signals, not images: there are no pixels to attack")
+    return white
 
 
 def base_name(name: str) -> str:

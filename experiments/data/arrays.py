@@ -13,19 +13,20 @@ def dataset_from_arrays(
     *,
     classes: int,
     validation: int,
-    test: int,
+    test: int | np.ndarray,
     mean: np.ndarray,
     std: np.ndarray,
 ) -> Dataset:
-    """Returns a data set with stratified parts, which do not depend on the seed.
+    """Returns a data set whose parts do not depend on the seed. Drawn parts are stratified.
 
     Args:
         source: the request.
-        images: uint8[examples, height, width, channels].
+        images: uint8 or float32[examples, height, width, channels].
         labels: int[examples].
         classes: number of classes; labels are 0 to `classes - 1`.
         validation: number of examples that choose the checkpoint.
-        test: number of test examples. The rest are for training.
+        test: number of test examples to draw, or the indices of a published test part. The rest
+            are for training.
         mean: float32[channels], in the units of the images.
         std: float32[channels], in the units of the images.
 
@@ -39,7 +40,11 @@ def dataset_from_arrays(
             f"got {source.image_size}"
         )
     labels = labels.astype(np.int32)
-    rest, test_indices = _stratified(np.arange(len(labels)), labels, test)
+    everything = np.arange(len(labels))
+    if isinstance(test, int):
+        rest, test_indices = _stratified(everything, labels, test)
+    else:
+        rest, test_indices = np.setdiff1d(everything, test), test
     train_indices, validation_indices = _stratified(rest, labels, validation)
     train_rng, validation_rng = np.random.default_rng(source.seed).spawn(2)
 

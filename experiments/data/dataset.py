@@ -14,7 +14,7 @@ class Source:
     """A request for a data set.
 
     Attributes:
-        name: "digits", or as TFDS writes it: `name`, `name/config`, `name:1.0.0`.
+        name: "digits", "mnist1d", or as TFDS writes it: `name`, `name/config`, `name:1.0.0`.
         train_examples: number of training examples; None for all but the validation part.
         label_noise: share of the training and validation labels that are replaced by another
             class.

@@ -60,8 +60,8 @@ def _folder(name: str, root: Path) -> Path:
     match = _NAME.fullmatch(name)
     if match is None:
         raise DatasetError(
-            f"{name!r} names no data set: use 'digits'; a TFDS name: 'name', 'name/config', "
-            "'name:1.0.0' or 'name/config:1.0.0'; or the path of a folder"
+            f"{name!r} names no data set: use 'digits'; 'mnist1d'; a TFDS name: 'name', "
+            "'name/config', 'name:1.0.0' or 'name/config:1.0.0'; or the path of a folder"
         )
     folder = root / match["dataset"]
     if match["config"]:

@@ -17,7 +17,7 @@ class Split(NamedTuple):
     """Images and labels in memory: NumPy arrays, or JAX arrays once they are on devices.
 
     Attributes:
-        images: uint8[examples, height, width, channels].
+        images: uint8[examples, height, width, channels]; float32 for signals.
         labels: int32[examples].
     """
 

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.data import dataset_spec
-from experiments.measures.trained import Trained, over_seeds
+from experiments.data import white_of
+from experiments.measures.trained import Trained
 from experiments.step.attack import LEVELS, ascended, random_start, usual_step
 from experiments.step.evaluation import Predict
 
@@ -59,11 +59,14 @@ class Attacker:
 
     Attributes:
         clean_accuracy: the accuracies without an attack, float64[seeds].
+
+    Raises:
+        DatasetError: if the examples are no images.
     """
 
     def __init__(self, trained: Trained) -> None:
-        self._how = (trained.predict, trained.convolutional)
-        self._white = dataset_spec(trained.recipe.dataset).white
+        self._predict = trained.predict
+        self._white = white_of(trained.recipe.dataset)
         self._networks = (trained.params, trained.stats)
         self._labels = jnp.asarray(trained.test.labels)
         pixels = jnp.asarray(trained.test.images, jnp.float32) / self._white
@@ -93,7 +96,7 @@ class Attacker:
         Args:
             pixels: float32[seeds, examples, height, width, channels], from 0 to 1.
         """
-        program = _right(*self._how, self._white)
+        program = _right(self._predict, self._white)
         return np.asarray(program(*self._networks, pixels, self._labels))
 
     def images(self, attack: Attack, loss: str, restart: int) -> jax.Array:
@@ -107,7 +110,7 @@ class Attacker:
         radius, step = (jnp.float32(x / LEVELS) for x in (attack.radius, attack.step))
         key = jax.random.fold_in(jax.random.key(0), restart)
         at = random_start(key, self._clean, attack.norm, radius)
-        program = _step(*self._how, self._white, attack.norm, loss)
+        program = _step(self._predict, self._white, attack.norm, loss)
         for _ in range(attack.steps):
             at = program(*self._networks, self._clean, at, self._labels, radius, step)
         return at
@@ -117,17 +120,17 @@ class Attacker:
 
 
 @functools.cache
-def _right(predict: Predict, convolutional: bool, white: int) -> Callable:
+def _right(predict: Predict, white: int) -> Callable:
     """Returns the program that says which predictions are right."""
 
     def right(params: Any, stats: Any, pixels: jax.Array, labels: jax.Array) -> jax.Array:
         return predict(params, stats, white * pixels).argmax(-1) == labels
 
-    return over_seeds(right, (0, 0, 0, 0), convolutional)
+    return jax.jit(jax.vmap(right, (0, 0, 0, 0)))
 
 
 @functools.cache
-def _step(predict: Predict, convolutional: bool, white: int, norm: str, loss: str) -> Callable:
+def _step(predict: Predict, white: int, norm: str, loss: str) -> Callable:
     """Returns the program of one step of an attack."""
 
     def step(params: Any, stats: Any, clean: Any, at: Any, labels: Any, *sizes: Any) -> Any:
@@ -136,7 +139,7 @@ def _step(predict: Predict, convolutional: bool, white: int, norm: str, loss: st
 
         return ascended(clean, at, jax.grad(total)(at), norm, *sizes)
 
-    return over_seeds(step, (0, 0, 0, 0, 0, None, None), convolutional)
+    return jax.jit(jax.vmap(step, (0, 0, 0, 0, 0, None, None)))
 
 
 def margin_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import optax
 
 import bisam_jax
 from experiments.measures.findings import Finding, Measures
-from experiments.measures.trained import Trained, over_seeds
+from experiments.measures.trained import Trained
 from experiments.step.evaluation import Predict
 from experiments.system import machine
 from experiments.system.command_line import ArgumentError
@@ -61,7 +61,7 @@ def loss_of(predict: Predict, stats: Any, normalised_logits: bool) -> Loss:
 
 def measured_sharpness(trained: Trained, measures: Measures) -> list[Finding]:
     """Measures losses and errors, and how they rise in balls around the parameters."""
-    how = (trained.predict, trained.convolutional, measures)
+    how = (trained.predict, measures)
     arguments = (trained.params, trained.stats, *trained.train)
     loss, error = jax.device_get(_clean(*how)(*arguments))
     _, test = jax.device_get(_clean(*how)(trained.params, trained.stats, *trained.test))
@@ -89,7 +89,7 @@ def measured_curvature(trained: Trained, measures: Measures) -> list[Finding]:
     """
     depth = min(measures.num_matvecs, _size(trained))
     _check_memory(trained, depth)
-    program = _curvature(trained.predict, trained.convolutional, measures, depth)
+    program = _curvature(trained.predict, measures, depth)
     top, trace = jax.device_get(program(trained.params, trained.stats, *trained.train))
     found = []
     for number in range(top.values.shape[1]):
@@ -110,7 +110,7 @@ def measured_spectrum(
         width: standard deviation of the smoothing.
     """
     depth = min(measures.num_matvecs, _size(trained))
-    program = _density(trained.predict, trained.convolutional, measures, depth)
+    program = _density(trained.predict, measures, depth)
     arguments = (trained.params, trained.stats, *trained.train)
     mean, errors = jax.device_get(program(*arguments, jnp.float32(grid), jnp.float32(width)))
     found = []
@@ -128,14 +128,14 @@ def _error(predict: Predict, params: Any, stats: Any, batch: Any) -> jax.Array:
 
 
 @functools.cache
-def _clean(predict: Predict, convolutional: bool, measures: Measures) -> Any:
+def _clean(predict: Predict, measures: Measures) -> Any:
     """Returns loss and error."""
 
     def clean(params: Any, stats: Any, *batch: jax.Array) -> Any:
         loss = loss_of(predict, stats, measures.normalised_logits)(params, batch)
         return loss.mean(), _error(predict, params, stats, batch)
 
-    return over_seeds(clean, _AXES, convolutional)
+    return jax.jit(jax.vmap(clean, _AXES))
 
 
 def _ball(name: str, rho: Any) -> optax.GradientTransformation:
@@ -144,7 +144,7 @@ def _ball(name: str, rho: Any) -> optax.GradientTransformation:
 
 
 @functools.cache
-def _rises(predict: Predict, convolutional: bool, measures: Measures, ball: str, steps: int) -> Any:
+def _rises(predict: Predict, measures: Measures, ball: str, steps: int) -> Any:
     """Returns the rise of loss and error at the point that an ascent finds."""
 
     def rises(params: Any, stats: Any, images: Any, labels: Any, rho: jax.Array) -> Any:
@@ -160,11 +160,11 @@ def _rises(predict: Predict, convolutional: bool, measures: Measures, ball: str,
         there, here = (_error(predict, at, stats, batch) for at in (point, params))
         return {"rise of the loss": (rise, jnp.nan), "rise of the error": (there - here, jnp.nan)}
 
-    return over_seeds(rises, (*_AXES, None), convolutional)
+    return jax.jit(jax.vmap(rises, (*_AXES, None)))
 
 
 @functools.cache
-def _random(predict: Predict, convolutional: bool, measures: Measures, ball: str) -> Any:
+def _random(predict: Predict, measures: Measures, ball: str) -> Any:
     """Returns the mean rise of the loss in random directions."""
 
     def rises(params: Any, stats: Any, images: Any, labels: Any, rho: jax.Array) -> Any:
@@ -179,11 +179,11 @@ def _random(predict: Predict, convolutional: bool, measures: Measures, ball: str
         )
         return {"rise of the loss": tuple(mean)}
 
-    return over_seeds(rises, (*_AXES, None), convolutional)
+    return jax.jit(jax.vmap(rises, (*_AXES, None)))
 
 
 @functools.cache
-def _curvature(predict: Predict, convolutional: bool, measures: Measures, depth: int) -> Any:
+def _curvature(predict: Predict, measures: Measures, depth: int) -> Any:
     """Returns the largest eigenvalues and the trace."""
 
     def curvature(params: Any, stats: Any, *batch: jax.Array) -> Any:
@@ -195,11 +195,11 @@ def _curvature(predict: Predict, convolutional: bool, measures: Measures, depth:
             bisam_jax.hessian_trace(*rest, num_samples=measures.directions, **shared),
         )
 
-    return over_seeds(curvature, _AXES, convolutional)
+    return jax.jit(jax.vmap(curvature, _AXES))
 
 
 @functools.cache
-def _density(predict: Predict, convolutional: bool, measures: Measures, depth: int) -> Any:
+def _density(predict: Predict, measures: Measures, depth: int) -> Any:
     """Returns the density of the eigenvalues."""
 
     def density(
@@ -216,7 +216,7 @@ def _density(predict: Predict, convolutional: bool, measures: Measures, depth: i
             microbatch_size=measures.microbatch_size,
         )
 
-    return over_seeds(density, (*_AXES, None, None), convolutional)
+    return jax.jit(jax.vmap(density, (*_AXES, None, None)))
 
 
 def _findings(
@@ -235,10 +235,9 @@ def _size(trained: Trained) -> int:
 
 def _check_memory(trained: Trained, depth: int) -> None:
     """Refuses more Lanczos vectors than fit."""
-    at_once = 1 if trained.convolutional else len(trained.seeds)
     # XLA on CPU holds them twice.
     copies = 2 if jax.default_backend() == "cpu" else 1
-    vector = 4 * _size(trained) * at_once * copies
+    vector = 4 * _size(trained) * len(trained.seeds) * copies
     free = SHARE_OF_MEMORY * machine.free_bytes()
     if depth * vector > free:
         raise ArgumentError(

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from experiments.measures.sharpness import loss_of
-from experiments.measures.trained import Trained, over_seeds
+from experiments.measures.trained import Trained
 from experiments.step.evaluation import Predict
 
 
@@ -63,9 +63,7 @@ def measured_slices(trained: Trained, points: int, normalised_logits: bool) -> S
         points: number of places along each direction, an odd number.
         normalised_logits: see :class:`experiments.measures.sharpness.Measures`.
     """
-
-    how = (trained.predict, trained.convolutional, normalised_logits)
-    directions, along, single = _programs(*how)
+    directions, along, single = _programs(trained.predict, normalised_logits)
     images, all_labels = trained.train
     arguments = (trained.params, trained.stats, images, all_labels)
     both = directions(*arguments)
@@ -86,7 +84,7 @@ def measured_slices(trained: Trained, points: int, normalised_logits: bool) -> S
 
 
 @functools.cache
-def _programs(predict: Predict, convolutional: bool, normalised_logits: bool) -> tuple[Any, ...]:
+def _programs(predict: Predict, normalised_logits: bool) -> tuple[Any, ...]:
     """Returns the directions, the loss along them for all seeds, and the same for one seed."""
 
     def directions(params: Any, stats: Any, *batch: jax.Array) -> Any:
@@ -103,7 +101,7 @@ def _programs(predict: Predict, convolutional: bool, normalised_logits: bool) ->
 
     axes = (0, 0, None, 0)
     return (
-        over_seeds(directions, axes, convolutional),
-        over_seeds(at, (*axes, 0, None), convolutional),
+        jax.jit(jax.vmap(directions, axes)),
+        jax.jit(jax.vmap(at, (*axes, 0, None))),
         jax.jit(at),
     )

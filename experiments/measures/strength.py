@@ -68,7 +68,6 @@ def make_strength(
         losses: see :func:`ascended_losses`.
     """
     recipe, dataset = experiment.recipe, experiment.dataset
-    convolutional = models.architecture(recipe.model).convolutional
     _, apply = models.build(
         recipe.model, dataset.image_shape, dataset.classes, dtype=jnp.dtype(recipe.precision)
     )
@@ -109,10 +108,7 @@ def make_strength(
             product = optax.tree.vdot(plain, ours)
             norms = optax.tree.norm(plain) * optax.tree.norm(ours)
             cosine = jnp.asarray(product / jnp.where(norms > 0, norms, 1.0))
-            # Convolutions with many kernels at once are slow.
-            rises = zip(*map(at_radius, radii), strict=True) if convolutional else None
-            loss_rise, error_rise = map(jnp.stack, rises) if rises else jax.vmap(at_radius)(radii)
-            return loss_rise, error_rise, cosine
+            return *jax.vmap(at_radius)(radii), cosine
 
         measured = [of_loss(of_logits(loss)) for loss in losses.values()]
         return Strength(*map(jnp.stack, zip(*measured, strict=True)))

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from experiments import models
 from experiments.comparison.grid import Grid, task_of
 from experiments.comparison.grid_run import examples_of
 from experiments.comparison.networks import Kept, read_networks
@@ -60,11 +58,6 @@ class Trained(NamedTuple):
     train: Sample
     test: Sample
 
-    @property
-    def convolutional(self) -> bool:
-        """Whether several networks are slow in one program."""
-        return models.architecture(self.recipe.model).convolutional
-
 
 def trained_in(
     folders: Sequence[Path], examples: int, *, every_candidate: bool, data_dir: Path | None = None
@@ -100,32 +93,6 @@ def trained_in(
             )
     predict = found[0][1].predict
     return [trained._replace(predict=predict) for _, trained in found], task
-
-
-def over_seeds(function: Any, axes: Sequence[int | None], convolutional: bool) -> Any:
-    """Returns `function`, of one network, for all seeds, jitted.
-
-    Args:
-        function: a function of one network.
-        axes: for each argument, 0 if its first axis is the seed, otherwise None.
-        convolutional: whether several networks are slow in one program.
-    """
-    if not convolutional:
-        return jax.jit(jax.vmap(function, axes))
-    single = jax.jit(function)
-
-    def one_by_one(*arguments: Any) -> Any:
-        seeds = len(jax.tree.leaves(arguments[axes.index(0)])[0])
-        results = []
-        for seed in range(seeds):
-            of_seed = [
-                argument if axis is None else jax.tree.map(lambda x, n=seed: x[n], argument)
-                for argument, axis in zip(arguments, axes, strict=True)
-            ]
-            results.append(single(*of_seed))
-        return jax.tree.map(lambda *x: jnp.stack(x), *results)
-
-    return one_by_one
 
 
 def _of_runs(

@@ -16,6 +16,8 @@ from jax.typing import DTypeLike
 
 from experiments.models.cifar_resnet import CifarResNet
 from experiments.models.cnn import CNN
+from experiments.models.cnn1d import CNN1D
+from experiments.models.convolution import convolve
 from experiments.models.densenet import DenseNet
 from experiments.models.mlp import MLP
 from experiments.models.resnet import ResNet
@@ -33,20 +35,18 @@ class Architecture(NamedTuple):
 
     Attributes:
         module: the class, called with the image shape and the number of classes.
-        convolutional: whether CPU steps are launched one by one: XLA on CPU runs convolutions
-            inside a loop many times slower.
         weighs_more_than_batches: whether the parameters take more bytes than a batch's
             activations.
     """
 
     module: Callable[..., nnx.Module]
-    convolutional: bool = True
     weighs_more_than_batches: bool = False
 
 
 ARCHITECTURES = {
-    "mlp": Architecture(MLP, convolutional=False, weighs_more_than_batches=True),
+    "mlp": Architecture(MLP, weighs_more_than_batches=True),
     "cnn": Architecture(CNN),
+    "cnn1d": Architecture(CNN1D),
     "resnet8": Architecture(partial(CifarResNet, depth=8)),
     "resnet20": Architecture(partial(CifarResNet, depth=20)),
     "resnet32": Architecture(partial(CifarResNet, depth=32)),
@@ -59,8 +59,8 @@ ARCHITECTURES = {
     "resnet18": Architecture(partial(ResNet, blocks=(2, 2, 2, 2), bottleneck=False)),
     "resnet50": Architecture(partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True)),
     # Patches are embedded by a linear map.
-    "vit_tiny": Architecture(partial(ViT, width=192, heads=3), convolutional=False),
-    "vit_small": Architecture(partial(ViT, width=384, heads=6), convolutional=False),
+    "vit_tiny": Architecture(partial(ViT, width=192, heads=3)),
+    "vit_small": Architecture(partial(ViT, width=384, heads=6)),
 }
 
 
@@ -130,6 +130,8 @@ def build(
         for _, part in nnx.iter_graph(model):
             if isinstance(part, nnx.BatchNorm):
                 part.axis_name = axis_name
+            if isinstance(part, nnx.Conv):
+                part.conv_general_dilated = convolve
         return model
 
     def init(key: jax.Array) -> tuple[Any, Any]:

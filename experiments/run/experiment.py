@@ -87,6 +87,7 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
 
     Raises:
         ArgumentError: if the recipe does not fit the data.
+        DatasetError: if images are to be attacked, and there are none.
     """
     steps_per_epoch = dataset.train.examples // recipe.batch_size
     if steps_per_epoch == 0:
@@ -115,7 +116,7 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
     own = _step(recipe, dataset, apply, method, recipe.hyperparameters, *shared)
     predict = evaluation.make_predict(apply, _normalise(dataset))
     sums = evaluation.make_sums(predict)
-    steps_at_once = _steps_at_once(recipe, steps_per_epoch)
+    steps_at_once = min(STEPS_AT_ONCE, steps_per_epoch)
     train, validation, test = (
         feed_of(part, layout, steps_at_once)
         for part in (dataset.train, dataset.validation, dataset.test)
@@ -198,7 +199,7 @@ def _step(
     )
     if (norm := recipe.method_spec.attack) is None:
         return step
-    white = data.dataset_spec(recipe.dataset).white
+    white = data.white_of(recipe.dataset)
     mean, std = (jnp.asarray(x, jnp.float32) for x in (dataset.mean, dataset.std))
     return attack.attacked_step(
         step,
@@ -209,18 +210,7 @@ def _step(
         ATTACK_STEPS,
         lambda images: (images * std + mean) / white,
         lambda pixels: augmentation.normalise(white * pixels, mean, std),
-        unrolled=_slow_in_loops(recipe),
     )
-
-
-def _slow_in_loops(recipe: Recipe) -> bool:
-    """Returns whether XLA runs the network many times slower inside a loop."""
-    convolutional = models.architecture(recipe.model).convolutional
-    return convolutional and jax.default_backend() == "cpu"
-
-
-def _steps_at_once(recipe: Recipe, steps_per_epoch: int) -> int:
-    return 1 if _slow_in_loops(recipe) else min(STEPS_AT_ONCE, steps_per_epoch)
 
 
 def _evaluated_at_once(recipe: Recipe, dataset: data.Dataset) -> int:

@@ -60,7 +60,6 @@ def attacked_step(
     steps: int,
     to_pixels: Callable[[jax.Array], jax.Array],
     from_pixels: Callable[[jax.Array], jax.Array],
-    unrolled: bool,
 ) -> Step:
     """Returns `step` on attacked images: adversarial training.
 
@@ -75,7 +74,6 @@ def attacked_step(
         steps: number of gradients of the attack.
         to_pixels: maps the inputs of the model to pixels.
         from_pixels: maps pixels to the inputs of the model.
-        unrolled: whether the attack has no loop, which is slow for convolutions on CPU.
     """
     radius = radius / LEVELS
 
@@ -101,11 +99,7 @@ def attacked_step(
             return ascended(clean, at, jax.grad(total)(at), norm, radius, size)
 
         at = jax.vmap(lambda key, image: random_start(key, image, norm, radius))(starts, clean)
-        if unrolled:
-            for number in range(steps):
-                at = ascend(number, at)
-        else:
-            at = jax.lax.fori_loop(0, steps, ascend, at)
+        at = jax.lax.fori_loop(0, steps, ascend, at)
         return batch._replace(images=from_pixels(at))
 
     return lambda state, batch: step(state, attacked(state, batch))

@@ -17,7 +17,7 @@ def small_vit(monkeypatch):
     def vit(*args, **options):
         return models.ViT(*args, **options, width=8, heads=2, depth=1, dropout=0.3)
 
-    architecture = models.Architecture(vit, convolutional=False)
+    architecture = models.Architecture(vit)
     monkeypatch.setitem(models.ARCHITECTURES, "vit_tiny", architecture)
 
 

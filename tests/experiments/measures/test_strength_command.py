@@ -62,7 +62,7 @@ def test_the_report(tmp_path):
 
 
 @pytest.mark.slow
-def test_convolutional_networks_are_measured_one_after_another():
+def test_convolutional_networks_are_measured():
     task = {"train_examples": 32, "batch_size": 16, "epochs": 1, "seeds": 2, "model": "cnn"}
     grid = Grid(methods=("sgd",), **task)
     measured = measured_along(grid, [0], (0.1,), (1.0,), (), 1)

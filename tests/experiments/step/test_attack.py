@@ -26,7 +26,7 @@ def linear(params, stats, images, *, train, keys):
     return images.reshape(len(images), -1) @ params, stats
 
 
-def seen(norm, radius, batch=BATCH, steps=10, unrolled=False, number=3):
+def seen(norm, radius, batch=BATCH, steps=10, number=3):
     """The images that reach the step, in [0, 1]."""
     step = attacked_step(
         lambda state, batch: (state, batch.images),
@@ -37,7 +37,6 @@ def seen(norm, radius, batch=BATCH, steps=10, unrolled=False, number=3):
         steps,
         to_pixels=lambda images: (images + 1) / 2,
         from_pixels=lambda pixels: 2 * pixels - 1,
-        unrolled=unrolled,
     )
     state = TrainState(jnp.int32(number), jax.random.key(2), WEIGHTS, {}, (), ())
     return (jax.jit(step)(state, batch)[1] + 1) / 2
@@ -62,11 +61,6 @@ def test_images_are_attacked_inside_the_ball(norm):
         gradient = jax.grad(lambda pixels: losses(pixels).sum())(IMAGES)
         corner = jnp.clip(IMAGES + radius / 255 * jnp.sign(gradient), 0, 1)
         np.testing.assert_allclose(found, corner, atol=1e-6)
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_a_loop_and_no_loop_give_the_same_images(norm):
-    np.testing.assert_allclose(seen(norm, 8.0, unrolled=True), seen(norm, 8.0), atol=1e-6)
 
 
 def test_the_random_start_depends_on_step_and_position_only():

@@ -1,0 +1,170 @@
+"""Convolutions as matrix products on CPUs, where XLA's own are slow.
+
+XLA on CPU computes the gradient in the kernel as a convolution whose window is the whole image,
+several times slower than the other two passes, and all three many times slower inside loops and
+under `jax.vmap` over kernels. The same numbers as matrix products have none of this. See
+`python -m experiments.benchmarks.convolutions`.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Examples are computed in blocks, whose intermediate arrays of about this size stay in the cache.
+_BLOCK_NUMBERS = 2**20
+
+
+def convolve(
+    images: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    *,
+    lhs_dilation: Sequence[int],
+    rhs_dilation: Sequence[int],
+    feature_group_count: int = 1,
+    **options: Any,
+) -> jax.Array:
+    """Acts as `jax.lax.conv_general_dilated`, computed as matrix products on CPUs.
+
+    It is the argument `conv_general_dilated` of `flax.nnx.Conv`. Derivatives of any order,
+    `jax.vmap` and loops are those of the products. Convolutions along more than two axes are XLA's.
+
+    Args:
+        images: [batch, height, width, channels], or without the height.
+        kernel: [height, width, channels of a group, channels of the result], or without the height.
+        strides: steps of the window along height and width.
+        padding: zeros before and after the height, and the width; "SAME" or "VALID".
+        lhs_dilation: distances of the pixels, with zeros between them.
+        rhs_dilation: distances of the pixels in the window.
+        feature_group_count: number of groups of channels that are convolved by themselves.
+        **options: other arguments of `jax.lax.conv_general_dilated`.
+    """
+
+    def compiled(images: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jax.lax.conv_general_dilated(
+            images,
+            kernel,
+            strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            feature_group_count=feature_group_count,
+            **options,
+        )
+
+    def products(images: jax.Array, kernel: jax.Array) -> jax.Array:
+        kernel = _dilated(kernel, (*rhs_dilation, 1, 1))
+        zeros = padding
+        if isinstance(zeros, str):
+            sizes = (images.shape[1:-1], kernel.shape[:-2])
+            zeros = jax.lax.padtype_to_pads(*sizes, strides, zeros)
+        images = _dilated(images, (1, *lhs_dilation, 1))
+        if images.ndim == 3:
+            row = _in_groups(
+                images[:, None], kernel[None], (1, *strides), ((0, 0), *zeros), feature_group_count
+            )
+            return row[:, 0]
+        return _in_groups(images, kernel, strides, zeros, feature_group_count)
+
+    if images.ndim > 4:
+        return compiled(images, kernel)
+    return jax.lax.platform_dependent(images, kernel, cpu=products, default=compiled)
+
+
+def as_products(
+    images: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+) -> jax.Array:
+    """Returns the convolution, computed as one matrix product per block of examples.
+
+    For each pixel of a row of results, the product has the input's rows in the window, side by
+    side, on its left, and all columns of the kernel on its right. The columns' results are then
+    added, each shifted to its place.
+
+    Args:
+        images: [batch, height, width, channels].
+        kernel: [height, width, channels, channels of the result].
+        strides: steps of the window along height and width.
+        padding: zeros before and after the height, and the width.
+    """
+    (rows, columns), (row_step, column_step) = kernel.shape[:2], strides
+    batch, _, width, n_in = images.shape
+    n_out = kernel.shape[-1]
+    height_out, width_out = (
+        (size + sum(zeros) - window) // step + 1
+        for size, zeros, window, step in zip(
+            images.shape[1:3], padding, (rows, columns), strides, strict=True
+        )
+    )
+    # Sums are rounded once, as in the compiler's convolution.
+    precise = jnp.promote_types(images.dtype, jnp.float32)
+
+    # Kept for the backward pass are only the images, as in the compiler's convolution.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def of_block(block: jax.Array, matrix: jax.Array) -> jax.Array:
+        padded = jnp.pad(block, ((0, 0), padding[0], (0, 0), (0, 0)))
+        seen = jnp.concatenate(
+            [_every(padded, row, height_out, row_step, axis=1) for row in range(rows)], axis=-1
+        )
+        product = jax.lax.dot(seen.reshape(-1, rows * n_in), matrix, preferred_element_type=precise)
+        by_column = jnp.split(
+            product.reshape(len(block), height_out, width, columns * n_out), columns, axis=-1
+        )
+        zeros = ((0, 0), (0, 0), padding[1], (0, 0))
+        placed = [
+            _every(jnp.pad(part, zeros), column, width_out, column_step, axis=2)
+            for column, part in enumerate(by_column)
+        ]
+        return functools.reduce(jnp.add, placed).astype(block.dtype)
+
+    matrix = kernel.swapaxes(1, 2).reshape(rows * n_in, columns * n_out)
+    numbers = height_out * width * (rows * n_in + columns * n_out)
+    size = max(1, min(batch, _BLOCK_NUMBERS // numbers))
+    blocks = batch // size
+    whole, rest = images[: blocks * size], images[blocks * size :]
+    if blocks == 1:
+        results = [of_block(whole, matrix)]
+    else:
+        looped = jax.lax.map(
+            lambda block: of_block(block, matrix), whole.reshape(blocks, size, *images.shape[1:])
+        )
+        results = [looped.reshape(-1, height_out, width_out, n_out)]
+    if len(rest):
+        results.append(of_block(rest, matrix))
+    return jnp.concatenate(results)
+
+
+def _every(x: jax.Array, start: int, count: int, step: int, axis: int) -> jax.Array:
+    """Returns `count` entries from `start` on along an axis, `step` apart."""
+    return jax.lax.slice_in_dim(x, start, start + (count - 1) * step + 1, step, axis)
+
+
+def _in_groups(
+    images: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    groups: int,
+) -> jax.Array:
+    if groups == 1:
+        return as_products(images, kernel, strides, padding)
+    of_group = functools.partial(as_products, strides=strides, padding=padding)
+    # The channels of a group, and of its results, are neighbors.
+    results = jax.vmap(of_group, in_axes=3, out_axes=3)(
+        images.reshape(*images.shape[:3], groups, -1),
+        kernel.reshape(*kernel.shape[:3], groups, -1),
+    )
+    return results.reshape(*results.shape[:3], -1)
+
+
+def _dilated(x: jax.Array, distances: Sequence[int]) -> jax.Array:
+    """Puts zeros between the entries, which are then as far apart as `distances`."""
+    if all(distance == 1 for distance in distances):
+        return x
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, distance - 1) for distance in distances])
