@@ -20,7 +20,7 @@ from experiments.measures.command import about, errors_in_one_line, folder_for
 from experiments.measures.strength_report import write_strength_report
 from experiments.measures.strength_run import measured_along
 from experiments.system import command_line, machine
-from experiments.system.command_line import OrDefault
+from experiments.system.command_line import ArgumentError, OrDefault
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,8 @@ class StrengthOptions(Grid):
     def __post_init__(self) -> None:
         """Refuses what cannot be measured. Messages name the options."""
         super().__post_init__()
+        if self.confirm:
+            raise ArgumentError("--confirm has no meaning here: nothing is chosen")
         positive = dict.fromkeys(("radii", "measured_mu", "measured_alpha"), Range(0, above=True))
         check_ranges(self, {"batches": Range(1), "at": Range(0), **positive})
 

@@ -12,8 +12,9 @@ from experiments.comparison import plan, report, results
 from experiments.comparison.grid import Grid
 from experiments.comparison.grid_run import GridRun, examples_of
 from experiments.comparison.results import Comparison
-from experiments.comparison.table import usual_baseline
+from experiments.comparison.table import rows_of, usual_baseline
 from experiments.config.config import option_of
+from experiments.config.recipe import Recipe
 from experiments.system import files, machine
 from experiments.system.command_line import ArgumentError
 from experiments.system.interruption import Interruption
@@ -48,19 +49,43 @@ def compare(
     asked, examples = grid.recipes, examples_of(grid)  # before anything is written
     steps_per_epoch = examples.experiment(asked[0]).steps_per_epoch
     recipes = asked + grid.longer_plain(asked, steps_per_epoch)
-    about = {"task": grid.task, "grid": _as_json(grid), "runs": len(recipes), "command": command}
+    runs = len(recipes) + len({recipe.key[:2] for recipe in recipes}) * grid.confirm
+    about = {"task": grid.task, "grid": _as_json(grid), "runs": runs, "command": command}
     about |= {"versions": machine.versions(), "hardware": machine.hardware()}
-    print(plan.in_words(recipes, baseline or usual_baseline(grid.labels), steps_per_epoch))
+    reference = baseline or usual_baseline(grid.labels)
+    print(plan.in_words(recipes, reference, steps_per_epoch, grid.confirm))
     with _locked(folder), Interruption() as interruption:
         comparison = _opened(folder, about)
         (origin,) = comparison.origins
-        how = (replicas_at_once, keep_networks, interruption)
-        run = GridRun(grid, recipes, examples, comparison, folder, *how)
-        if run.missing:
+        how = (examples, comparison, folder, replicas_at_once, keep_networks, interruption)
+        run = GridRun(grid, recipes, *how)
+        if len(comparison.results) < runs:
             _note_continuation(origin, about)
             results.write_about(folder, origin)
         run.train()
+        if grid.confirm:
+            GridRun(grid, confirming(grid, recipes, comparison), *how).train()
         report.write_report(folder, report.sections_of([comparison], baseline))
+
+
+def confirming(grid: Grid, recipes: Sequence[Recipe], comparison: Comparison) -> list[Recipe]:
+    """Returns the runs that confirm the chosen values of each method with the fresh seeds.
+
+    Args:
+        grid: has the seeds.
+        recipes: the runs that have chosen.
+        comparison: their results, and possibly results of runs that confirm.
+    """
+    by_values = {recipe.key[:-1]: recipe for recipe in recipes}
+    chosen = [
+        by_values[row.chosen.results[0].key[:-1]]
+        for row in rows_of(comparison)
+        if row.chosen is not None
+    ]
+    # In the order of the search, in which runs that can share a program are neighbors.
+    order = {recipe.key[:-1]: number for number, recipe in enumerate(recipes)}
+    chosen.sort(key=lambda recipe: order[recipe.key[:-1]])
+    return [dataclasses.replace(recipe, seed=seed) for recipe in chosen for seed in grid.confirmed]
 
 
 def report_again(folders: Sequence[Path], folder: Path, baseline: str | None = None) -> None:

@@ -7,11 +7,13 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+
 from experiments.config.config import Config, SeveralHyperparameters, Task, check_ranges, option_of
 from experiments.config.hyperparameters import HYPERPARAMETERS, STRUCTURAL, Range
-from experiments.config.methods import METHODS, label_of
+from experiments.config.methods import METHODS
 from experiments.config.recipe import PERTURBATION_OPTIONS, Recipe, resolve
-from experiments.system.command_line import ArgumentError
+from experiments.system.command_line import ArgumentError, OrDefault
 from experiments.system.suggestions import did_you_mean
 
 _OF_A_RUN = ("data_dir", "workers", "epochs")
@@ -24,18 +26,30 @@ class Grid(SeveralHyperparameters, Task):
     """Every method, with every value of its hyperparameters and every seed."""
 
     methods: tuple[str, ...] = ("sgd", "sam", "bisam-log", "bisam-tanh")
-    """Methods of experiments.train. METHOD+log and METHOD+tanh ascend BiSAM's losses."""
+    """Methods of experiments.train. METHOD+log and METHOD+tanh ascend BiSAM's losses.
+    METHOD@group-size=8, METHOD@start-step=1000 and METHOD@every=5 are methods of their own."""
     seeds: int = 8
     """Number of runs per method and values.
     A seed fixes initialization, example order, augmentation and label noise for all methods."""
     first_seed: int = 0
-    """The first seed. The others follow it. Confirm the chosen values with other seeds."""
+    """The first seed. The others follow it."""
+    trials: OrDefault[int] = None
+    """Number of values to try per method, drawn from all combinations (default: all of them)."""
+    confirm: int = 0
+    """Number of fresh seeds for the values that each method's validation accuracy chose.
+    Only these runs are then tested and reported (default: report the runs that chose)."""
     equal_gradients: bool = True
     """Also train sgd longer, with as many gradients as each other method takes."""
 
     def __post_init__(self) -> None:
         """Refuses what cannot be compared. Messages name the options."""
-        check_ranges(self, {"seeds": Range(1), "first_seed": Range(0)})
+        ranges = {
+            "seeds": Range(1),
+            "first_seed": Range(0),
+            "trials": Range(1),
+            "confirm": Range(0),
+        }
+        check_ranges(self, ranges)
         if not self.methods:
             raise ArgumentError("--methods must name at least one method")
         _check_once("--methods", self.labels)
@@ -57,13 +71,23 @@ class Grid(SeveralHyperparameters, Task):
     @property
     def labels(self) -> list[str]:
         """The methods by their labels."""
-        return [label_of(method, asked or "ce") for method, asked in map(parsed, self.methods)]
+        return [self._recipe(name, 0, {}).label for name in self.methods]
 
     @property
     def task(self) -> dict[str, Any]:
         """The options that all runs have in common, as JSON values."""
         # Resolved with a method that can follow all options.
         return task_of(self, self._recipe("sam", 0, {}))
+
+    @property
+    def searched(self) -> range:
+        """The seeds of the runs that choose the values."""
+        return range(self.first_seed, self.first_seed + self.seeds)
+
+    @property
+    def confirmed(self) -> range:
+        """The seeds of the runs with the chosen values. No run has chosen with one of them."""
+        return range(self.searched.stop, self.searched.stop + self.confirm)
 
     @functools.cached_property
     def recipes(self) -> list[Recipe]:
@@ -85,20 +109,30 @@ class Grid(SeveralHyperparameters, Task):
         swept = {name: getattr(self, name) for name in known if getattr(self, name) is not None}
         # Values that change the program vary slowest.
         names = sorted(swept, key=lambda name: name not in STRUCTURAL)
-        seeds = range(self.first_seed, self.first_seed + self.seeds)
-        grid = itertools.product(*(swept[name] for name in names), seeds)
+        grid = self._tried(name, list(itertools.product(*(swept[name] for name in names))))
         return [
             self._recipe(name, seed, dict(zip(names, values, strict=True)))
-            for *values, seed in grid
+            for values in grid
+            for seed in self.searched
         ]
 
+    def _tried(self, name: str, grid: list[tuple]) -> list[tuple]:
+        """Returns the combinations to try, in their order: a sample is the same in every run."""
+        if self.trials is None:
+            return grid
+        if self.trials > len(grid):
+            raise ArgumentError(
+                f"--trials must be at most the {len(grid)} combinations of values of {name}, got "
+                f"{self.trials}: give its hyperparameters more values"
+            )
+        drawn = np.random.default_rng(0).choice(len(grid), self.trials, replace=False)
+        return [grid[number] for number in sorted(drawn)]
+
     def _recipe(self, name: str, seed: int, values: dict[str, Any]) -> Recipe:
-        method, perturbation = parsed(name)
-        task = {field.name: getattr(self, field.name) for field in dataclasses.fields(Task)}
-        if not METHODS[method].perturbs_weights:
-            task |= PERTURBATION_OPTIONS
+        method, perturbation, options = parsed(name)
+        task: Any = {field.name: getattr(self, field.name) for field in dataclasses.fields(Task)}
         named: Any = {"method": method, "perturbation": perturbation}
-        return resolve(Config(**task, **values, **named, seed=seed))
+        return resolve(Config(**task, **values, **options, **named, seed=seed))
 
 
 def task_of(asked: Task, recipe: Recipe) -> dict[str, Any]:
@@ -106,24 +140,35 @@ def task_of(asked: Task, recipe: Recipe) -> dict[str, Any]:
     return {name: getattr(recipe, name, getattr(asked, name)) for name in TASK}
 
 
-def parsed(name: str) -> tuple[str, str | None]:
-    """Returns the method and the ascended loss of "METHOD" or "METHOD+PERTURBATION".
+def parsed(name: str) -> tuple[str, str | None, dict[str, int]]:
+    """Returns the parts of "METHOD+LOSS@OPTION=VALUE@...": method, ascended loss and options.
 
     The loss is None if the name gives none.
 
     Raises:
-        ArgumentError: if there is no such method.
+        ArgumentError: if there is no such method, loss or option.
     """
-    method, _, perturbation = name.partition("+")
+    base, *settings = name.split("@")
+    method, _, perturbation = base.partition("+")
     spec = METHODS.get(method)
     fixed = spec is not None and (not spec.perturbs_weights or spec.ascends is not None)
     if spec is None or (perturbation and fixed) or perturbation not in ("", "log", "tanh"):
         raise ArgumentError(
             f"--methods has no {name!r}: use {', '.join(METHODS)}, and METHOD+log or "
             "METHOD+tanh for every method except sgd, bisam-* and adversarial-*."
-            f"{did_you_mean(name, METHODS)}"
+            f"{did_you_mean(base, METHODS)}"
         )
-    return method, perturbation or None
+    known = {option_of(option)[2:]: option for option in PERTURBATION_OPTIONS}
+    options = {}
+    for setting in settings:
+        option, _, value = setting.partition("=")
+        if option not in known or not value.isdecimal() or known[option] in options:
+            raise ArgumentError(
+                f"--methods has {name!r}: after @ comes each of {', '.join(known)} at most once, "
+                f"with a whole number, as in {base}@every=5"
+            )
+        options[known[option]] = int(value)
+    return method, perturbation or None, options
 
 
 def _check_once(option: str, values: Iterable[Any]) -> None:

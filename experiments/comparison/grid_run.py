@@ -65,7 +65,7 @@ def examples_of(grid: Grid) -> Examples:
     if first.train.streamed:
         return Examples(first, {})
     labels = {}
-    for seed in range(grid.first_seed, grid.first_seed + grid.seeds):
+    for seed in (*grid.searched, *grid.confirmed):
         noisy = grid.label_noise > 0 and seed != grid.first_seed
         labels[seed] = labels_of(data.load(grid.source(seed)) if noisy else first)
     return Examples(first, labels)
@@ -213,7 +213,10 @@ class GridRun:
             progress.print_line(f"all runs take about {duration(left)}")
 
     def _add(self, new: list[Result]) -> None:
-        self._comparison.results += new
+        confirmed = self._grid.confirmed
+        self._comparison.results += [
+            dataclasses.replace(result, confirms=result.seed in confirmed) for result in new
+        ]
         self._comparison.origins[0]["finished"] = len(self._comparison.results)
         results.write_results(self._folder, self._comparison)
 

@@ -7,13 +7,16 @@ from experiments.config.methods import PLAIN
 from experiments.config.recipe import Recipe
 
 
-def in_words(recipes: Sequence[Recipe], baseline: str, steps_per_epoch: int) -> str:
+def in_words(
+    recipes: Sequence[Recipe], baseline: str, steps_per_epoch: int, confirm: int = 0
+) -> str:
     """Says how many runs there are, and whether their seeds can make a difference significant.
 
     Args:
-        recipes: all runs.
+        recipes: all runs whose values are known.
         baseline: label of the method that the others are compared with.
         steps_per_epoch: number of steps per epoch.
+        confirm: number of fresh seeds that each method's chosen values then get.
     """
     seeds = len({recipe.seed for recipe in recipes})
     steps = [recipe.epochs * steps_per_epoch for recipe in recipes]
@@ -23,13 +26,18 @@ def in_words(recipes: Sequence[Recipe], baseline: str, steps_per_epoch: int) -> 
         f"{len(recipes)} runs of {', '.join(labels)}; {seeds} {'seed' if seeds == 1 else 'seeds'}; "
         f"{gradients:,.0f} batch gradients"
     ]
+    if confirm:
+        rows = len({recipe.key[:2] for recipe in recipes})
+        lines.append(f"then {rows * confirm} runs of the chosen values; {confirm} fresh seeds")
+        seeds = confirm
     count = _comparisons(recipes, baseline, steps_per_epoch)
     smallest = smallest_p_value(seeds, count)
     if count and smallest > 1 - LEVEL:
         enough = next(n for n in range(2, 64) if smallest_p_value(n, count) <= 1 - LEVEL)
+        option = "--confirm" if confirm else "--seeds"
         lines.append(
             f"too few seeds to show a difference: with {seeds} seeds and {count} comparisons, no "
-            f"p-value can be below {smallest:.2g}. --seeds {enough} is enough"
+            f"p-value can be below {smallest:.2g}. {option} {enough} is enough"
         )
     elif count:
         lines.append(

@@ -53,7 +53,8 @@ def write_report(folder: Path, sections: Sequence[Section]) -> None:
 def _section(section: Section, number: int, images: dict[str, str], folder: Path) -> str:
     comparison, baseline, rows = section
     names = {row_name(row, rows): row for row in rows}
-    chosen = {label: row.best for label, row in names.items()}
+    chosen = {label: row.chosen for label, row in names.items()}
+    best = {label: row.best for label, row in names.items()}
     parts = [f"## {task_in_words(comparison.task)}", in_short(rows, baseline)]
     if any(row.test for row in rows):
         file = f"{number}-accuracy.svg"
@@ -63,10 +64,11 @@ def _section(section: Section, number: int, images: dict[str, str], folder: Path
             "Bars: test accuracy of the best epoch, with 95 % intervals; dotted: of the last epoch."
         )
     parts.append(_table(rows, baseline))
+    parts += _seeds(comparison)
     parts.append(
         "**better** and *worse* are significant; the differences are in points of test accuracy."
     )
-    swept = sorted({name for row in rows if row.best for name in row.swept})
+    swept = sorted({name for row in rows if row.chosen for name in row.swept})
     for name in swept:
         if edge := [label for label, row in names.items() if row.at_the_edge(name)]:
             parts.append(
@@ -83,9 +85,9 @@ def _section(section: Section, number: int, images: dict[str, str], folder: Path
             "value."
         )
     file = f"{number}-curves.svg"
-    shown = [result for best in chosen.values() if best for result in best.results]
+    shown = [result for known in best.values() if known for result in known.results]
     if shown and all(result.curve for result in shown):
-        images[file] = plots.curves(chosen)
+        images[file] = plots.curves(best)
     elif (folder / file).exists():  # curves.csv was not kept
         images[file] = (folder / file).read_text()
     if file in images:
@@ -145,8 +147,27 @@ def _numbers(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def _seeds(comparison: Comparison) -> list[str]:
+    """Says which seeds chose the values and which are reported, if these are others."""
+    confirming = sorted({result.seed for result in comparison.results if result.confirms})
+    choosing = sorted({result.seed for result in comparison.results if not result.confirms})
+    if not confirming:
+        return []
+    return [
+        f"The values were chosen with the seeds {_listed(choosing)}. Everything above is about the "
+        f"fresh seeds {_listed(confirming)}, which chose nothing."
+    ]
+
+
+def _listed(seeds: Sequence[int]) -> str:
+    whole = len(seeds) > 1 and list(seeds) == list(range(seeds[0], seeds[-1] + 1))
+    return f"{seeds[0]} to {seeds[-1]}" if whole else ", ".join(map(str, seeds))
+
+
 def _chosen(row: Row) -> str:
-    return _values(row.best.values, row) if row.best else "diverged"
+    if row.chosen is None:
+        return "diverged"
+    return _values(row.chosen.values, row) if row.best else "not confirmed"
 
 
 def _mean(value: Estimate | None) -> str:
@@ -197,10 +218,9 @@ _METHOD = f"""## How to read it
 * *p*: two-sided paired permutation test, exact for up to {EXACT_SEEDS} seeds, after Holm's
   correction for all comparisons of a table. **Bold** is significant at
   {100 * (1 - LEVEL):.0f} %. The intervals are not corrected.
-* The hyperparameters are chosen by validation accuracies of the same runs whose test accuracies
-  are compared. A method with many values therefore looks a little better than it is, and its
-  p-values are a little too small. To confirm a difference, compare only the chosen values, from
-  other seeds (--first-seed).
+* Without --confirm, the hyperparameters are chosen by validation accuracies of the same runs whose
+  test accuracies are compared. A method with many values then looks a little better than it is,
+  and its p-values are a little too small. With it, only runs of fresh seeds are compared.
 * The seeds do not vary the data split: intervals and p-values are about this test split. Each
   table is corrected by itself.
 * *gradients*: number of batch gradients of a run. *time*: of a run, and *ms per step*: a run's

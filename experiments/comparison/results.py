@@ -16,7 +16,7 @@ from typing import Any
 from experiments.comparison.grid import TASK, task_of
 from experiments.config.config import Task
 from experiments.config.hyperparameters import HYPERPARAMETERS
-from experiments.config.recipe import Recipe, resolve
+from experiments.config.recipe import PERTURBATION_OPTIONS, Recipe, resolve
 from experiments.run.folder import RunFolder, read_config
 from experiments.system import files
 from experiments.system.command_line import ArgumentError
@@ -48,6 +48,7 @@ class Result:
         milliseconds_per_step: the run's share of the time of all runs computed at once.
         runs_at_once: number of runs computed at once.
         curve: one row per epoch.
+        confirms: whether the values were chosen before, by other seeds.
     """
 
     method: str
@@ -64,6 +65,7 @@ class Result:
     milliseconds_per_step: float
     runs_at_once: int
     curve: list[dict[str, float]] = dataclasses.field(repr=False)
+    confirms: bool = False
 
     @property
     def key(self) -> tuple:
@@ -134,6 +136,7 @@ def write_results(folder: Path, comparison: Comparison) -> None:
     lines, points = [], []
     for number, result in enumerate(comparison.results):
         columns = {name: getattr(result, name) for name in _COLUMNS}
+        columns["confirms"] = int(result.confirms)
         lines.append({"run": number, **columns, **result.values})
         points += [{"run": number, **row} for row in result.curve]
     # In this order, since curves without a run are ignored.
@@ -194,7 +197,7 @@ def merged(comparisons: Iterable[Comparison]) -> list[Comparison]:
     """Returns one comparison per task.
 
     Raises:
-        ArgumentError: if two results of one run differ.
+        ArgumentError: if two results of one run differ, or a seed both chooses and confirms.
     """
     by_task: dict[str, Comparison] = {}
     for comparison in comparisons:
@@ -210,8 +213,20 @@ def merged(comparisons: Iterable[Comparison]) -> list[Comparison]:
                     f"--from has two results of {result.method} with seed {result.seed} that "
                     "differ: leave one of their folders out"
                 )
+        _check_disjoint(whole.results)
         whole.origins += comparison.origins
     return list(by_task.values())
+
+
+def _check_disjoint(results: Sequence[Result]) -> None:
+    """Refuses seeds of which some runs have chosen values that others confirm."""
+    choosing = {(result.method, result.seed) for result in results if not result.confirms}
+    for result in results:
+        if result.confirms and (result.method, result.seed) in choosing:
+            raise ArgumentError(
+                f"--from has seed {result.seed} of {result.method} among the seeds that choose "
+                "values and among those that confirm them: leave one of their folders out"
+            )
 
 
 def _read_comparison(folder: Path) -> Comparison:
@@ -227,7 +242,16 @@ def _read_comparison(folder: Path) -> Comparison:
     if not results:
         raise ValueError("no run has finished yet")
     origins = about.get("origins", [about | {"finished": len(results)}])
-    return Comparison(_TASK_DEFAULTS | about["task"], results, origins)
+    return Comparison(_task_of(about["task"]), results, origins)
+
+
+def _task_of(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Returns a task as this version records it."""
+    for name, nothing in PERTURBATION_OPTIONS.items():
+        # An older version recorded what is part of a method now.
+        if recorded.get(name, nothing) not in (nothing, recorded["batch_size"]):
+            raise ValueError(f"its runs with {name} {recorded[name]} are of an older version")
+    return {name: recorded.get(name, default) for name, default in _TASK_DEFAULTS.items()}
 
 
 def _point(row: dict[str, str]) -> dict[str, float]:
@@ -245,6 +269,7 @@ def _result(row: dict[str, str], curve: list[dict[str, float]]) -> Result:
         # A comparison of an older version may lack a hyperparameter.
         values={name: float(row[name]) for name in HYPERPARAMETERS if row.get(name)},
         curve=curve,
+        confirms=bool(number("confirms", int)),
         gradients=_whole_if_it_is(float(row["gradients"])),
         **{
             name: number(name, int)

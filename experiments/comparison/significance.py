@@ -1,9 +1,9 @@
 """Estimates and tests of differences between methods.
 
 A method's hyperparameters are those of the best mean validation accuracy. With these, the test
-accuracies of two methods are paired by seed and compared by an exact permutation test and Student's
-interval. The test only assumes that, under the null hypothesis, both signs of a difference are
-equally likely.
+accuracies of two methods, of fresh seeds if there are any, are paired by seed and compared by an
+exact permutation test and Student's interval. The test only assumes that, under the null
+hypothesis, both signs of a difference are equally likely.
 """
 
 from collections.abc import Iterable, Sequence
@@ -119,6 +119,18 @@ def chosen(results: Sequence[Result]) -> Candidate | None:
     able = [c for c in known if not c.diverged and len(c.results) == seeds]
     # Rounded, since sums of equal accuracies in another order differ in their last digit.
     return max(able, key=lambda candidate: round(candidate.validation.mean, 12), default=None)
+
+
+def reported(results: Sequence[Result], chosen: Candidate | None) -> Candidate | None:
+    """Returns the runs that are tested: those that confirm the chosen values, with fresh seeds.
+
+    If no run confirms anything, these are the runs that chose.
+    """
+    confirming = [result for result in results if result.confirms]
+    if chosen is None or not confirming:
+        return chosen
+    found = [c for c in candidates(confirming) if c.values == chosen.values and not c.diverged]
+    return found[0] if found else None
 
 
 def difference(ours: Candidate, theirs: Candidate) -> Difference | None:

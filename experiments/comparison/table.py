@@ -20,8 +20,10 @@ class Row:
     Attributes:
         method: label of the method.
         epochs: number of epochs.
-        candidates: one for each set of hyperparameter values.
-        best: the reported candidate; None if all diverged.
+        candidates: one for each set of hyperparameter values, with the seeds that choose.
+        chosen: the candidate of the best validation accuracy; None if all diverged.
+        best: the reported runs with the chosen values, see :func:`significance.reported`; None if
+            there are none.
         test: test accuracy of the reported candidate.
         same_epochs: difference from the baseline with the same number of epochs.
         same_gradients: difference from plain training with the same number of gradients.
@@ -30,6 +32,7 @@ class Row:
     method: str
     epochs: int
     candidates: list[Candidate]
+    chosen: Candidate | None
     best: Candidate | None
     test: Estimate | None
     same_epochs: Difference | None = None
@@ -66,10 +69,10 @@ class Row:
 
     def at_the_edge(self, name: str) -> bool:
         """Returns whether the chosen value is the smallest or the largest of several."""
-        if self.best is None or name not in self.swept:
+        if self.chosen is None or name not in self.swept:
             return False
         tried = [c.values[name] for c in self.candidates if name in c.values]
-        return self.best.values.get(name) in (min(tried), max(tried))
+        return self.chosen.values.get(name) in (min(tried), max(tried))
 
 
 def usual_baseline(methods: Sequence[str]) -> str:
@@ -100,12 +103,18 @@ def rows_of(comparison: Comparison, baseline: str | None = None) -> list[Row]:
     if baseline not in (method for method, _ in groups):
         there = ", ".join(sorted({method for method, _ in groups}))
         raise ArgumentError(f"--baseline must be one of {there}, got {baseline}")
+    # Runs that chose their values are not compared with runs that did not.
+    some_confirm = any(result.confirms for result in comparison.results)
     rows = {}
     for (method, epochs), results in groups.items():
-        best = significance.chosen(results)
+        choosing = [result for result in results if not result.confirms] or results
+        chosen = significance.chosen(choosing)
+        best = significance.reported(results, chosen)
+        if some_confirm and not any(result.confirms for result in results):
+            best = None
         test = best and significance.estimate([r.test_accuracy for r in best.results])
-        known = significance.candidates(results)
-        rows[method, epochs] = Row(method, epochs, known, best, test)
+        known = significance.candidates(choosing)
+        rows[method, epochs] = Row(method, epochs, known, chosen, best, test)
     for row in rows.values():
         row.same_epochs = _difference(row, rows.get((baseline, row.epochs)))
         if row.reported.gradients > 1:

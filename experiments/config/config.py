@@ -76,14 +76,8 @@ class Task:
     """Passes over the training examples (default: 200; digits 50)."""
     batch_size: OrDefault[int] = None
     """Examples per step (default: 128; digits 32). An epoch drops its incomplete last batch."""
-    group_size: OrDefault[int] = None
-    """m-sharpness: number of examples that share a perturbation (default: the batch)."""
     microbatch_size: OrDefault[int] = None
     """Number of examples computed at a time, to save memory (default: the batch)."""
-    start_step: int = 0
-    """Perturb from this step on. Earlier steps are plain and cost one gradient."""
-    every: int = 1
-    """From then on, perturb every N-th step. The other steps are plain."""
     label_noise: float = 0.0
     """Share of the training and validation labels replaced by another class."""
     workers: OrDefault[int] = None
@@ -93,6 +87,18 @@ class Task:
         """Returns the request for the data set, with the seed of the label noise."""
         which = (self.dataset, self.train_examples, self.label_noise, seed, self.image_size)
         return Source(*which, data_dir=self.data_dir, workers=self.workers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Perturbing:
+    """Which steps are perturbed, and together with which examples: part of the method."""
+
+    group_size: OrDefault[int] = None
+    """m-sharpness: number of examples that share a perturbation (default: the batch)."""
+    start_step: int = 0
+    """Perturb from this step on. Earlier steps are plain and cost one gradient."""
+    every: int = 1
+    """From then on, perturb every N-th step. The other steps are plain."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +117,7 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(Place, Hyperparameters, Task):
+class Config(Place, Perturbing, Hyperparameters, Task):
     """The options of one run. None stands for the default of the method, optimizer or data set."""
 
     method: MethodName = "bisam-log"

@@ -58,14 +58,21 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        """The method and its ascended loss. See :func:`experiments.config.methods.label_of`."""
-        return methods.label_of(self.method, self.perturbation)
+        """The method as `--methods` of a comparison names it: "METHOD+LOSS@OPTION=VALUE"."""
+        changed = {name: getattr(self, name) for name in PERTURBATION_OPTIONS if self.changes(name)}
+        options = [f"@{option_of(name)[2:]}={value}" for name, value in changed.items()]
+        return "".join([methods.label_of(self.method, self.perturbation), *options])
 
     @property
     def key(self) -> tuple:
         """The identity of a run within its task: label, epochs, hyperparameters, seed."""
         values = {name: float(value) for name, value in self.hyperparameters.items()}
         return (self.label, self.epochs, tuple(sorted(values.items())), self.seed)
+
+    def changes(self, name: str) -> bool:
+        """Returns whether an option of `PERTURBATION_OPTIONS` changes anything."""
+        nothing = PERTURBATION_OPTIONS | {"group_size": self.batch_size}
+        return getattr(self, name) != nothing[name]
 
     @property
     def in_groups(self) -> bool:
@@ -189,10 +196,7 @@ def differences(config: Config) -> list[tuple[str, str, str]]:
 
 def _check_perturbed(recipe: Recipe) -> None:
     """Refuses options that the method cannot follow."""
-    nothing = PERTURBATION_OPTIONS | {"group_size": recipe.batch_size}
-    for name, value in nothing.items():
-        if getattr(recipe, name) == value:
-            continue
+    for name in filter(recipe.changes, PERTURBATION_OPTIONS):
         if not recipe.method_spec.perturbs_weights:
             raise ArgumentError(
                 f"{option_of(name)} has no meaning for --method {recipe.method}: nothing is "

@@ -138,9 +138,9 @@ def _of_comparison(
         )
     first = known.experiment(grid.recipes[0])
     runs = grid.recipes + grid.longer_plain(grid.recipes, first.steps_per_epoch)
-    by_key = {recipe.key: recipe for recipe in runs}
+    by_values = {recipe.key[:-1]: recipe for recipe in runs}
     for name, group in _candidates(comparison, every_candidate):
-        recipes = [by_key[key] for key in group]
+        recipes = [dataclasses.replace(by_values[key[:-1]], seed=key[-1]) for key in group]
         experiment = known.experiment(recipes[0])
         shapes = jax.eval_shape(experiment.first_state)
         kept = read_networks(folder, recipes, Kept(shapes.params, shapes.stats))
@@ -168,7 +168,9 @@ def _of_comparison(
 def _grid_of(folder: Path, data_dir: Path | None) -> Grid:
     try:
         values = json.loads((folder / "comparison.json").read_text())["grid"]
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        # An older version recorded more.
+        names = {field.name for field in dataclasses.fields(Grid)} & values.keys()
+        given = {k: tuple(v) if isinstance(v := values[k], list) else v for k in names}
         return Grid(**given, data_dir=data_dir)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ArgumentError(f"{folder} has no grid that can be read: {error}") from error
@@ -184,9 +186,10 @@ def _candidates(
             is_chosen = row.best is not None and candidate.values == row.best.values
             if candidate.diverged or not (every_candidate or is_chosen):
                 continue
+            shown = row.best if is_chosen and row.best and not every_candidate else candidate
             yield (
                 _name(row, rows, candidate.values, every_candidate),
-                [result.key for result in candidate.results],
+                [result.key for result in shown.results],
             )
 
 

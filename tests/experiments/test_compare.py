@@ -181,7 +181,7 @@ def test_a_report_is_made_again(finished, tmp_path, capsys):
         (["--baseline", "asam"], "--baseline must be one of"),
         (["--batch-size", "5000"], "--batch-size must be at most the 1257"),
         (["--first-seed", "-1"], "--first-seed must be finite, at least 0"),
-        (["--methods", "sgd", "sampa", "--start-step", "20"], "--start-step cannot be used with"),
+        (["--methods", "sgd", "sampa@start-step=20"], "--start-step cannot be used with"),
         (["--from"], "--from must name at least one folder"),
         (["--from", "missing"], "missing cannot be read as results"),
         (["--from", "missing", "--rho", "0.1"], "--from takes no option but"),

@@ -43,10 +43,9 @@ def test_plain_training_gets_the_gradients_of_every_other_method():
 
 
 def test_plain_steps_take_one_gradient():
-    options = {"methods": ("sgd", "gsam", "gsam+log")}
-    assert epochs_of_plain(**options, start_step=195) == [10, 15, 20]
-    assert epochs_of_plain(**options, every=5) == [10, 12, 14]
-    recipes = Grid(**options, seeds=1, start_step=20, every=3).recipes
+    methods = ("sgd", "gsam@start-step=195", "gsam+log@every=5")
+    assert epochs_of_plain(methods=methods) == [10, 14, 15]
+    recipes = Grid(methods=("sgd", "gsam@start-step=20@every=3"), seeds=1).recipes
     assert {(recipe.method, recipe.start_step, recipe.every) for recipe in recipes} == {
         ("sgd", 0, 1),
         ("gsam", 20, 3),
@@ -89,16 +88,67 @@ def test_seeds_pair_the_methods():
         ("weighted", "weighted", 2),
         ("weighted+log", "weighted+log", 3),
         ("functional+tanh", "functional+tanh", 2),
+        ("sam@group-size=8", "sam@group-size=8", 2),
+        ("sam@group-size=32", "sam", 2),
+        ("sam+log@every=5@start-step=0", "bisam-log@every=5", 1.2),
+        ("bisam-log@every=5@start-step=50", "bisam-log@start-step=50@every=5", 1.1),
     ],
 )
 def test_names(name, label, gradients):
-    method, perturbation = parsed(name)
-    assert label_of(method, perturbation or "ce") == label
+    method, perturbation, _ = parsed(name)
+    assert label_of(method, perturbation or "ce") == label.split("@")[0]
     grid = Grid(methods=(name,), seeds=1)
     assert grid.labels == [label]
     (recipe,) = grid.recipes
     assert recipe.label == label
     assert recipe.gradients_per_step(100) == gradients
+
+
+@pytest.mark.parametrize(
+    "setting", ["every", "every=", "every=x", "every=-1", "rho=1", "every=2@every=3", ""]
+)
+def test_options_of_nothing(setting):
+    with pytest.raises(ArgumentError, match=r"after @ comes each of group-size, start-step, every"):
+        Grid(methods=(f"sam@{setting}",))
+
+
+def test_options_that_a_method_cannot_follow():
+    for name, message in {
+        "sgd@every=2": "--every has no meaning for --method sgd",
+        "sampa@start-step=9": "--start-step cannot be used with --method sampa",
+        "sam@group-size=5": "--group-size must divide --batch-size, got 5 and 32",
+        "sam@every=0": "--every must be finite, at least 1, got 0",
+    }.items():
+        with pytest.raises(ArgumentError, match=message):
+            Grid(methods=(name,))
+    with pytest.raises(ArgumentError, match="--methods has sam@every=2 twice"):
+        Grid(methods=("sam@every=2", "sam@every=2@group-size=32"))
+
+
+def test_every_method_gets_the_same_number_of_trials():
+    values = {"rho": (0.1, 0.2, 0.5), "learning_rate": (0.03, 0.1), "weight_decay": (0.0, 1e-3)}
+    grid = Grid(methods=("sgd", "sam"), **values, trials=4, seeds=2)
+    tried = collections.defaultdict(dict)
+    for recipe in grid.recipes:
+        tried[recipe.label].setdefault(tuple(recipe.hyperparameters.values()), []).append(
+            recipe.seed
+        )
+    assert [len(known) for known in tried.values()] == [4, 4]
+    assert all(seeds == [0, 1] for known in tried.values() for seeds in known.values())
+    # The same in every run of the command, and a part of the whole grid.
+    again = Grid(methods=("sgd", "sam"), **values, trials=4, seeds=2).recipes
+    assert [recipe.key for recipe in again] == [recipe.key for recipe in grid.recipes]
+    whole = {recipe.key for recipe in Grid(methods=("sgd", "sam"), **values, seeds=2).recipes}
+    assert {recipe.key for recipe in grid.recipes} < whole
+    with pytest.raises(ArgumentError, match=r"at most the 4 combinations of values of sgd, got 5"):
+        Grid(methods=("sam", "sgd"), **values, trials=5)
+
+
+def test_seeds_that_confirm_have_not_chosen():
+    grid = Grid(methods=("sam",), seeds=3, first_seed=4, confirm=5)
+    assert list(grid.searched) == [4, 5, 6] == [recipe.seed for recipe in grid.recipes]
+    assert list(grid.confirmed) == [7, 8, 9, 10, 11]
+    assert not Grid(methods=("sam",)).confirmed
 
 
 @pytest.mark.parametrize("name", ["sgd+log", "bisam-log+log", "sam+ce", "SAM", ""])

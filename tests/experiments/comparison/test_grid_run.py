@@ -202,3 +202,46 @@ def test_runs_of_streamed_images_are_trained_by_themselves(tmp_path, capsys):
     before = (folder / "runs.csv").read_text()
     run(capsys, *args, "--output", folder)
     assert (folder / "runs.csv").read_text() == before
+
+
+def test_chosen_values_are_confirmed_with_fresh_seeds(tmp_path, capsys, monkeypatch):
+    args = [*GRID[:-2], "--confirm", 3, "--methods", "sgd", "sam", "sam@every=2"]
+    args += ["--no-equal-gradients"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    status, out, err = run(capsys, *args, "--output", whole)
+    assert status == 0, err
+    assert "10 runs of sgd, sam, sam@every=2; 2 seeds" in out
+    assert "then 9 runs of the chosen values; 3 fresh seeds" in out
+    rows = files.read_csv(whole / "runs.csv")
+    seeds = {flag: {row["seed"] for row in rows if row["confirms"] == flag} for flag in ("0", "1")}
+    assert seeds == {"0": {"0", "1"}, "1": {"2", "3", "4"}}
+    for method in ("sam", "sam@every=2"):
+        means = {
+            rho: np.mean([float(r["validation_accuracy"]) for r in rows if of(r, method, rho, "0")])
+            for rho in ("0.05", "0.5")
+        }
+        best = max(means, key=lambda rho: (means[rho], -float(rho)))
+        confirmed = [r for r in rows if r["method"] == method and r["confirms"] == "1"]
+        assert [row["rho"] for row in confirmed] == [best] * 3
+        (line,) = [x for x in files.read_csv(whole / "summary.csv") if x["method"] == method]
+        tested = [float(row["test_accuracy"]) for row in confirmed]
+        assert float(line["test_accuracy"]) == pytest.approx(np.mean(tested))
+        assert line["seeds"] == "3"
+    text = (whole / "report.md").read_text()
+    assert (
+        "The values were chosen with the seeds 0 to 1. Everything above is about the fresh" in text
+    )
+
+    # Stopped among the runs that confirm, and resumed.
+    status, _, _ = run_interrupted(monkeypatch, 18, capsys, *args, "--output", stopped)
+    assert status == 130
+    begun = files.read_csv(stopped / "runs.csv")
+    assert len(begun) < len(rows)
+    assert any(row["confirms"] == "1" for row in begun)
+    status, _, err = run(capsys, *args, "--output", stopped)
+    assert status == 0, err
+    assert results_in(stopped) == results_in(whole)
+
+
+def of(row, method, rho, confirms):
+    return (row["method"], row["rho"], row["confirms"]) == (method, rho, confirms)

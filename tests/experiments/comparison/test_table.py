@@ -1,8 +1,11 @@
 """The rows of a table, from made-up results."""
 
+import dataclasses
+
 import pytest
 
 from experiments.comparison import table
+from experiments.comparison.results import merged
 from experiments.system.command_line import ArgumentError
 from tests.experiments.comparison.made_up import SAM, SGD, SGD_LONGER, comparison_of, eight
 
@@ -63,3 +66,45 @@ def test_epochs_tell_rows_of_one_method_apart():
     made = list(rows(SGD, SGD_LONGER, SAM).values())
     names = [table.row_name(row, made) for row in made]
     assert names == ["sam", "sgd, 20 epochs", "sgd, 10 epochs"]
+
+
+def confirming(results, shift=0.0):
+    """The same runs with eight fresh seeds, of other accuracies."""
+    return [
+        dataclasses.replace(
+            result, seed=result.seed + 8, confirms=True, test_accuracy=result.test_accuracy + shift
+        )
+        for result in results
+    ]
+
+
+def test_only_fresh_seeds_are_reported():
+    weak, strong = eight("sam", 0.6, rho=0.1), eight("sam", 0.7, rho=0.2)
+    made = rows(SGD, weak, strong, confirming(SGD, 0.1), confirming(strong, -0.05))
+    sam = made["sam", 10]
+    assert sam.chosen.values == sam.best.values == {"rho": 0.2}
+    assert [result.seed for result in sam.chosen.results] == list(range(8))
+    assert [result.seed for result in sam.best.results] == list(range(8, 16))
+    assert sam.test.mean == pytest.approx(0.70875 - 0.05)
+    assert sam.same_epochs.estimate.mean == pytest.approx(0.2 - 0.15)
+    assert sam.at_the_edge("rho")
+    # Accuracies of the fresh seeds choose nothing.
+    made = rows(SGD, weak, strong, confirming(weak, 0.3), confirming(strong))
+    assert made["sam", 10].best.values == {"rho": 0.2}
+
+
+def test_what_is_not_confirmed_is_not_compared():
+    made = rows(SGD, SAM, eight("asam", 0.9, rho=1.0), confirming(SGD), confirming(SAM))
+    assert made["asam", 10].test is made["asam", 10].same_epochs is made["asam", 10].best is None
+    assert made["sam", 10].same_epochs is not None
+    (diverged, *others) = confirming(SAM)
+    lost = dataclasses.replace(diverged, status="diverged", test_accuracy=None)
+    assert rows(SGD, SAM, confirming(SGD), [lost, *others])["sam", 10].test is None
+
+
+def test_a_seed_does_not_choose_and_confirm():
+    others = confirming(eight("sam", 0.7, rho=0.2))
+    fresh = [dataclasses.replace(result, seed=result.seed - 1) for result in others]
+    with pytest.raises(ArgumentError, match="--from has seed 7 of sam among the seeds that choose"):
+        merged([comparison_of(SAM), comparison_of(fresh)])
+    assert len(merged([comparison_of(SAM), comparison_of(confirming(SAM))])) == 1
