@@ -1,5 +1,6 @@
 """Settings that turn mistakes into errors, made before JAX starts."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -20,6 +21,10 @@ os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Every traced program stays in memory, and the usual collections would walk through all of them.
+gc.set_threshold(200_000, 20, 20)
 
 
 def pytest_collection_modifyitems(items):

@@ -9,11 +9,11 @@ import numpy as np
 import optax
 import pytest
 
+from tests.methods import METHODS
 from tests.problems import mlp_params
 from tests.test_contract import (
     GRADS,
     PARAMS,
-    each_method,
     each_taking_grad_fn,
     first_grads,
     gradient,
@@ -24,8 +24,15 @@ from tests.test_contract import (
 
 pytestmark = pytest.mark.slow
 
+# With and without a clean gradient, single examples, a loop over samples, a key and a decision in
+# the state, and derivatives of the network by themselves.
+KINDS = ("bisam", "gsam", "sparse dynamic", "tilted", "efficient", "look", "functional")
+each_kind = pytest.mark.parametrize(
+    "method", [METHODS[name] for name in KINDS], ids=KINDS, scope="module"
+)
 
-@each_method
+
+@each_kind
 def test_under_conditionally_transform_a_skipped_step_passes_on_the_gradient_of_l(method):
     tx = optax.conditionally_transform(method.make(rho=0.5), lambda step: step % 2 == 0)
 
@@ -43,7 +50,7 @@ def test_under_conditionally_transform_a_skipped_step_passes_on_the_gradient_of_
         step(state, None)
 
 
-@each_method
+@each_kind
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_same_everywhere(method):
     """Only unknown extra args, a chain, grad_fn, and a mask after the method change nothing.
@@ -104,7 +111,7 @@ def fresh_carry(init):
     return params, init(params)
 
 
-@each_method
+@each_kind
 def test_scan_and_donated_steps_agree(method):
     step, init = training(method)
     scanned, _ = jax.jit(lambda carry: jax.lax.scan(step, carry, length=4))((PARAMS, init(PARAMS)))
@@ -117,7 +124,7 @@ def test_scan_and_donated_steps_agree(method):
     chex.assert_trees_all_close(scanned[0], looped[0], rtol=1e-4, atol=1e-5)
 
 
-@each_method
+@each_kind
 def test_vmap_over_rho_and_seeds(method):
     @jax.jit
     @jax.vmap

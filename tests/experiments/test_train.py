@@ -265,26 +265,17 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step(examples, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_read", [True, False])
-def test_a_signal_saves_even_if_nobody_reads_the_output(is_read, tmp_path):
+def test_a_signal_saves_even_if_nobody_reads_the_output(tmp_path):
     folder = tmp_path / "run"
     process = start("--epochs", 100_000, "--checkpoint-every", 10**6, "--output", folder, cwd=".")
     while not (folder / "metrics.csv").exists() or (folder / "metrics.csv").stat().st_size < 300:
         assert process.poll() is None
         time.sleep(0.1)
     try:
-        if is_read:
-            process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=60)
-            assert process.returncode == 130
-            assert "Traceback" not in err
-            assert re.search(r"^test accuracy .* the best validation accuracy so far$", out, re.M)
-            assert out.splitlines()[-1].split()[-2:] == ["--resume", str(folder)]
-        else:
-            process.stdout.close()
-            process.stderr.close()
-            process.send_signal(signal.SIGTERM)
-            process.wait(60)
+        process.stdout.close()
+        process.stderr.close()
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
     finally:
         process.kill()
     summary = json.loads((folder / "summary.json").read_text())

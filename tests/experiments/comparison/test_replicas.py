@@ -95,8 +95,8 @@ def check(runs, curves, tests):
 
 
 # Each has a state, a key or a decision of its own, which replicas must not share.
-# With keys, with a state, with a batch in the state.
-OWN = ["sparse-dynamic", "tilted", "sampa", "look"]
+# With keys and a mask, and with a state.
+OWN = ["sparse-dynamic", "look"]
 
 
 @pytest.mark.slow

@@ -32,15 +32,11 @@ def config(output, **options):
 
 
 @small
-@pytest.mark.parametrize(
-    "method",
-    ["efficient", pytest.param("sparse-dynamic", marks=pytest.mark.slow)],
-)
-def test_a_stopped_run_ends_as_one_that_never_stopped(method, tmp_path, stopped_at, capsys):
+def test_a_stopped_run_ends_as_one_that_never_stopped(tmp_path, stopped_at, capsys):
     """Also if the last checkpoints are lost, and with them an epoch in metrics.csv."""
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     # 3 epochs of 30 steps in launches of at most 20.
-    options = {"method": method, "label_noise": 0.2, "batch_size": 4, "train_examples": 120}
+    options = {"method": "look", "label_noise": 0.2, "batch_size": 4, "train_examples": 120}
     options |= {"checkpoint_every": 29, "keep_checkpoints": 4}
     run_training(config(whole, **options))
     with stopped_at(70):
