@@ -7,6 +7,7 @@ them. PyTorch is timed if it is installed (`pip install torch`): same network, b
 channels last. On a machine with an accelerator the first two are the same program.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -15,13 +16,12 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
-from unittest import mock
 
 import jax
 import numpy as np
 
 from experiments import models
-from experiments.benchmarks.problems import random_images
+from experiments.benchmarks.problems import compilers_convolutions, random_images
 from experiments.config.config import Config, Place, check_ranges
 from experiments.config.hyperparameters import Range
 from experiments.config.recipe import resolve
@@ -69,8 +69,7 @@ def jitted_step(network: str, batch_size: int, native: bool) -> tuple[Callable[[
     """
     config = Config(dataset="cifar10", model=network, method="bisam-log", batch_size=batch_size)
     recipe = dataclasses.replace(resolve(config), crop_padding=0, flip=False)
-    convolve = jax.lax.conv_general_dilated if native else models.convolve
-    with mock.patch.object(models, "convolve", convolve):
+    with compilers_convolutions() if native else contextlib.nullcontext():
         layout = layout_of(recipe, Place(devices=1))
         experiment = experiment_of(recipe, random_images(batch_size), layout)
         state = experiment.first_state()

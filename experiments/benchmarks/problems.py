@@ -1,14 +1,16 @@
 """The problems of the benchmarks: networks, and random images."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
 import optax
 
 import bisam_jax
-from experiments import data
+from experiments import data, models
 
 IMAGE_SHAPE = (28, 28, 1)
 CLASSES = 10
@@ -32,6 +34,11 @@ def losses_of(apply: Callable, stats: Any) -> tuple[Callable, Callable]:
 
     cross_entropy = optax.losses.softmax_cross_entropy_with_integer_labels
     return mean_of(cross_entropy), mean_of(bisam_jax.perturbation_loss)
+
+
+def compilers_convolutions() -> contextlib.AbstractContextManager[Any]:
+    """Builds models whose convolutions on CPUs are XLA's, as they are on other devices."""
+    return mock.patch.object(models, "convolve", jax.lax.conv_general_dilated)
 
 
 def random_images(examples: int) -> data.Dataset:

@@ -26,7 +26,13 @@ from jax.sharding import PartitionSpec as P
 import bisam_jax
 from experiments import data, models
 from experiments.benchmarks.collectives import collectives
-from experiments.benchmarks.problems import CLASSES, IMAGE_SHAPE, NETWORKS, losses_of
+from experiments.benchmarks.problems import (
+    CLASSES,
+    IMAGE_SHAPE,
+    NETWORKS,
+    compilers_convolutions,
+    losses_of,
+)
 from experiments.config.config import check_ranges
 from experiments.config.hyperparameters import Range
 from experiments.step.layout import by_role, sharding_of
@@ -168,9 +174,11 @@ def _measure(case: Case, problem: Problem, devices: int) -> dict[str, float]:
 
 def problem_of(network: str, examples: int) -> Problem:
     """Returns the problem of a network and `examples` images per device."""
-    apply, params, stats = models.create(
-        network, IMAGE_SHAPE, CLASSES, seed=0, **NETWORKS[network][1]
-    )
+    # Only CPUs would compute convolutions as products in a loop.
+    with compilers_convolutions():
+        apply, params, stats = models.create(
+            network, IMAGE_SHAPE, CLASSES, seed=0, **NETWORKS[network][1]
+        )
     images = jax.ShapeDtypeStruct((examples, *IMAGE_SHAPE), jnp.float32)
     batch = data.Split(images, jax.ShapeDtypeStruct((examples,), jnp.int32))
     return Problem(params, batch, *losses_of(apply, stats))

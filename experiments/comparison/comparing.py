@@ -10,11 +10,12 @@ from typing import Any
 
 from experiments.comparison import plan, report, results
 from experiments.comparison.grid import Grid
-from experiments.comparison.grid_run import GridRun, examples_of
+from experiments.comparison.grid_run import GridRun, examples_of, forget_unfinished
+from experiments.comparison.merging import merged
 from experiments.comparison.results import Comparison
 from experiments.comparison.table import rows_of, usual_baseline
 from experiments.config.config import option_of
-from experiments.config.recipe import Recipe
+from experiments.config.recipe import PERTURBATION_OPTIONS, Recipe
 from experiments.system import files, machine
 from experiments.system.command_line import ArgumentError
 from experiments.system.interruption import Interruption
@@ -58,17 +59,21 @@ def compare(
         comparison = _opened(folder, about)
         (origin,) = comparison.origins
         how = (examples, comparison, folder, replicas_at_once, keep_networks, interruption)
-        run = GridRun(grid, recipes, *how)
-        if len(comparison.results) < runs:
+        if origin.get("finished", 0) < origin["runs"]:
             _note_continuation(origin, about)
             results.write_about(folder, origin)
-        run.train()
-        if grid.confirm:
-            GridRun(grid, confirming(grid, recipes, comparison), *how).train()
+        GridRun(grid, recipes, *how).train()
+        confirming = confirming_runs(grid, recipes, comparison)
+        GridRun(grid, confirming, *how).train()
+        forget_unfinished(folder)
+        # A method whose every candidate diverged had nothing to confirm.
+        if origin["runs"] != len(recipes) + len(confirming):
+            origin["runs"] = len(recipes) + len(confirming)
+            results.write_about(folder, origin)
         report.write_report(folder, report.sections_of([comparison], baseline))
 
 
-def confirming(grid: Grid, recipes: Sequence[Recipe], comparison: Comparison) -> list[Recipe]:
+def confirming_runs(grid: Grid, recipes: Sequence[Recipe], comparison: Comparison) -> list[Recipe]:
     """Returns the runs that confirm the chosen values of each method with the fresh seeds.
 
     Args:
@@ -99,7 +104,7 @@ def report_again(folders: Sequence[Path], folder: Path, baseline: str | None = N
     Raises:
         ArgumentError: if results cannot be read, or the folder exists.
     """
-    comparisons = results.merged(itertools.chain.from_iterable(map(results.read_results, folders)))
+    comparisons = merged(itertools.chain.from_iterable(map(results.read_results, folders)))
     sections = report.sections_of(comparisons, baseline)
     try:
         files.check_new(folder)
@@ -125,10 +130,13 @@ def _opened(folder: Path, about: dict[str, Any]) -> Comparison:
         raise ArgumentError(
             f"--output {folder} has no comparison that can be resumed: give another folder"
         ) from error
-    if odd := [name for name in grid if values[name] != grid[name]]:
+    # What an older version could ask for, and this one cannot.
+    values |= {name: value for name, value in there["grid"].items() if name not in grid}
+    nothing = defaults | PERTURBATION_OPTIONS
+    if odd := [name for name in values if values[name] != grid.get(name, nothing.get(name))]:
         raise ArgumentError(
             f"--output {folder} has another comparison: its {option_of(odd[0])} is "
-            f"{values[odd[0]]}, not {grid[odd[0]]}"
+            f"{values[odd[0]]}, not {grid.get(odd[0])}"
         )
     if results.there_are_any(folder):
         (comparison,) = results.read_results(folder)

@@ -5,7 +5,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.comparison import plots, results
+from experiments.comparison import plots, results, words
+from experiments.comparison.merging import merged
 from experiments.comparison.results import Comparison
 from experiments.comparison.significance import Difference, Estimate
 from experiments.comparison.table import Row, row_name, rows_of
@@ -14,13 +15,23 @@ from experiments.config.methods import PLAIN
 
 RESULTS = Path("results")
 _SHOWN = (PLAIN, "sam", "bisam-log", "bisam-tanh")
+# In words, the baseline, and the difference in the row.
+_QUESTIONS = (
+    ("against sgd for as many epochs", PLAIN, "same_epochs"),
+    ("against sgd for as many gradients", PLAIN, "same_gradients"),
+    ("against SAM for as many epochs", "sam", "same_epochs"),
+)
 _MARKED = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.S)
 
 
-def there(root: Path) -> list[Comparison]:
-    """Returns the comparisons in results/*-noise-*, one per task, by increasing label noise."""
-    folders = sorted((root / RESULTS).glob("*-noise-*"))
-    comparisons = results.merged(itertools.chain.from_iterable(map(results.read_results, folders)))
+def there(root: Path, *, study: bool) -> list[Comparison]:
+    """Returns the comparisons in results/study-*, or results/*-noise-*, by increasing label noise.
+
+    Those of one task are one comparison.
+    """
+    found = sorted((root / RESULTS).glob("study-*" if study else "*-noise-*"))
+    folders = [folder for folder in found if folder.name.startswith("study-") == study]
+    comparisons = merged(itertools.chain.from_iterable(map(results.read_results, folders)))
     return sorted(comparisons, key=lambda comparison: comparison.task["label_noise"])
 
 
@@ -28,6 +39,31 @@ def test_accuracies(comparisons: Sequence[Comparison]) -> str:
     """Returns one table per data set and network, with a column per share of wrong labels."""
     in_order = sorted(comparisons, key=_name_of, reverse=True)
     parts = [_table(list(group)) for _, group in itertools.groupby(in_order, _name_of)]
+    return "\n\n".join(parts) + "\n"
+
+
+def differences_in_points(comparisons: Sequence[Comparison]) -> str:
+    """Returns, per data set and network, a table of differences for each of three questions."""
+    in_order = sorted(comparisons, key=_name_of)
+    parts = []
+    for name, members in itertools.groupby(in_order, _name_of):
+        group = list(members)
+        for question, baseline, kind in _QUESTIONS:
+            if any(baseline not in {r.method for r in known.results} for known in group):
+                continue
+            columns = [rows_of(known, baseline) for known in group]
+            heads = [labels_in_words(known.task) for known in group]
+            lines = {}
+            for number, rows in enumerate(columns):
+                for row in rows:
+                    if difference := getattr(row, kind):
+                        cells = lines.setdefault(row_name(row, rows), [""] * len(group))
+                        cells[number] = _in_points(difference)
+            table = [["method", *heads], ["---", *["---"] * len(heads)]]
+            table += [[method, *cells] for method, cells in sorted(lines.items())]
+            parts += [f"**{name}**: {question}", words.table(table)]
+        commands = dict.fromkeys(about["command"] for c in group for about in c.origins)
+        parts.append("\n".join(["```sh", *commands, "```"]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -71,7 +107,7 @@ def wrong_labels(comparisons: Sequence[Comparison]) -> str:
 
 def updated(root: Path) -> dict[Path, str]:
     """Returns the new text of each file that has tables, and the plot."""
-    comparisons = there(root)
+    comparisons, study = there(root, study=False), there(root, study=True)
     drawn = {root / "docs" / "wrong-labels.svg": wrong_labels(comparisons)}
     return drawn | {
         root / name: _MARKED.sub(
@@ -80,20 +116,21 @@ def updated(root: Path) -> dict[Path, str]:
         for name, text in (
             ("docs/results.md", test_accuracies(comparisons)),
             ("docs/comparing.md", validation_accuracies(comparisons)),
+            ("docs/pays.md", differences_in_points(study)),
         )
     }
 
 
 def _by_radius(row: Row) -> dict[float, str]:
     """Returns validation accuracies by radius. Other hyperparameters have their chosen values."""
-    if row.best is None:
+    if row.chosen is None:
         return {}
-    rest = {name: value for name, value in row.best.values.items() if name != "rho"}
+    rest = {name: value for name, value in row.chosen.values.items() if name != "rho"}
     cells = {}
     for candidate in row.candidates:
         if "rho" in candidate.values and rest.items() <= candidate.values.items():
             mean = f"{100 * candidate.validation.mean:.2f}"
-            chosen = candidate.values == row.best.values
+            chosen = candidate.values == row.chosen.values
             text = "diverged" if candidate.diverged else f"**{mean}**" if chosen else mean
             cells[candidate.values["rho"]] = text
     return cells
@@ -132,7 +169,7 @@ def _seeds_of(columns: Sequence[dict[tuple[str, int], Row]]) -> str:
 
 def _cell(row: Row) -> str:
     if row.best is None or row.test is None:
-        return "diverged"
+        return "diverged" if row.chosen is None else "not confirmed"
     text = f"{100 * row.test.mean:.2f}"
     if row.test.count > 1:
         text += f" ± {100 * row.test.standard_error:.2f}"
@@ -140,6 +177,14 @@ def _cell(row: Row) -> str:
     mark = {1: " †", 0: "", -1: " ‡"}[_sign_of(row.same_gradients)]
     rho = row.best.values.get("rho")
     return f"{emphasis}{text}{emphasis}{mark}" + ("" if rho is None else f" (rho {rho:g})")
+
+
+def _in_points(difference: Difference) -> str:
+    """Returns a difference in points with its interval: bold or italic if it is significant."""
+    value = difference.estimate
+    mark = {1: "**", 0: "", -1: "*"}[difference.sign]
+    low, high = 100 * value.low, 100 * value.high
+    return f"{mark}{100 * value.mean:+.2f}{mark} [{low:+.2f}, {high:+.2f}]"
 
 
 def _sign_of(difference: Difference | None) -> int:

@@ -117,7 +117,7 @@ class Grid(SeveralHyperparameters, Task):
         ]
 
     def _tried(self, name: str, grid: list[tuple]) -> list[tuple]:
-        """Returns the combinations to try, in their order: a sample is the same in every run."""
+        """Returns the combinations to try, in their order: always the same ones."""
         if self.trials is None:
             return grid
         if self.trials > len(grid):
@@ -132,7 +132,12 @@ class Grid(SeveralHyperparameters, Task):
         method, perturbation, options = parsed(name)
         task: Any = {field.name: getattr(self, field.name) for field in dataclasses.fields(Task)}
         named: Any = {"method": method, "perturbation": perturbation}
-        return resolve(Config(**task, **values, **options, **named, seed=seed))
+        try:
+            return resolve(Config(**task, **values, **options, **named, seed=seed))
+        except ArgumentError as error:
+            if not options:
+                raise
+            raise ArgumentError(f"--methods {name}: {error}") from error
 
 
 def task_of(asked: Task, recipe: Recipe) -> dict[str, Any]:

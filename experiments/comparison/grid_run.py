@@ -84,8 +84,6 @@ class GridRun:
         keep_networks: whether to keep the parameters of every run.
         interruption: asked after every epoch.
 
-    Attributes:
-        missing: keys of the runs without a result.
     """
 
     def __init__(
@@ -106,7 +104,7 @@ class GridRun:
         self._steps_per_epoch = examples.dataset.train.examples // grid.recipes[0].batch_size
         self._estimated, self._compile_seconds = False, 0.0
         done = {result.key for result in comparison.results}
-        self.missing = {recipe.key for recipe in recipes} - done
+        self._missing = {recipe.key for recipe in recipes} - done
         # Whole groups, so that their parts, and the checkpoints of these, are the same as before.
         groups = [list(group) for _, group in itertools.groupby(recipes, _program_of)]
         self._groups = [group for group in groups if self._missing_in(group)]
@@ -127,7 +125,6 @@ class GridRun:
                     self._train_one_by_one(group, bar)
                 else:
                     self._train_together(group, bar)
-        shutil.rmtree(self._folder / "under-way", ignore_errors=True)
 
     def _gradients(self, recipe: Recipe, epochs: int | None = None) -> int:
         """Returns the number of batch gradients of some epochs of a run, or of all."""
@@ -136,7 +133,7 @@ class GridRun:
         return round(recipe.gradients_per_step(steps) * steps * share)
 
     def _missing_in(self, group: Sequence[Recipe]) -> list[Recipe]:
-        return [recipe for recipe in group if recipe.key in self.missing]
+        return [recipe for recipe in group if recipe.key in self._missing]
 
     def _train_one_by_one(self, group: list[Recipe], bar: progress.Bar) -> None:
         for recipe in self._missing_in(group):
@@ -210,7 +207,7 @@ class GridRun:
             total = sum(self._gradients(run) for g in self._groups for run in self._missing_in(g))
             left = total / (len(part) * self._gradients(part[0], 1)) * seconds
             left += len(self._groups) * (self._compile_seconds + max(0, compiling))
-            progress.print_line(f"all runs take about {duration(left)}")
+            progress.print_line(f"these runs take about {duration(left)}")
 
     def _add(self, new: list[Result]) -> None:
         confirmed = self._grid.confirmed
@@ -219,6 +216,11 @@ class GridRun:
         ]
         self._comparison.origins[0]["finished"] = len(self._comparison.results)
         results.write_results(self._folder, self._comparison)
+
+
+def forget_unfinished(folder: Path) -> None:
+    """Removes the checkpoints of runs under way."""
+    shutil.rmtree(folder / "under-way", ignore_errors=True)
 
 
 def _program_of(recipe: Recipe) -> tuple:

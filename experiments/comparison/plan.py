@@ -28,7 +28,8 @@ def in_words(
     ]
     if confirm:
         rows = len({recipe.key[:2] for recipe in recipes})
-        lines.append(f"then {rows * confirm} runs of the chosen values; {confirm} fresh seeds")
+        fresh = f"{confirm} fresh {'seed' if confirm == 1 else 'seeds'}"
+        lines.append(f"then {rows * confirm} runs of the chosen values; {fresh}")
         seeds = confirm
     count = _comparisons(recipes, baseline, steps_per_epoch)
     smallest = smallest_p_value(seeds, count)

@@ -94,7 +94,7 @@ def against(
     Args:
         name: a hyperparameter of some methods. The other methods are horizontal lines.
         methods: candidates of each method.
-        chosen: the reported candidate of each method; a ring marks it.
+        chosen: the chosen candidate of each method; a ring marks it.
     """
     with matplotlib.rc_context(SETTINGS):
         figure = matplotlib.figure.Figure(figsize=_SIZE, layout="constrained")

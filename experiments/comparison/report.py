@@ -10,8 +10,9 @@ from typing import NamedTuple
 from markdown_it import MarkdownIt
 
 from experiments.comparison import plots
+from experiments.comparison.reading import HOW_TO_READ
 from experiments.comparison.results import Comparison
-from experiments.comparison.significance import EXACT_SEEDS, LEVEL, Difference, Estimate
+from experiments.comparison.significance import Difference, Estimate
 from experiments.comparison.table import DIFFERENCES, Row, baseline_of, row_name, rows_of
 from experiments.comparison.verdict import compared, in_short
 from experiments.comparison.words import computed_with, duration, task_in_words
@@ -45,7 +46,9 @@ def write_report(folder: Path, sections: Sequence[Section]) -> None:
     comparisons = [section.comparison for section in sections]
     images: dict[str, str] = {}
     parts = [_section(known, number, images, folder) for number, known in enumerate(sections, 1)]
-    text = "\n\n".join(["# " + _title(comparisons), *parts, _METHOD, _origins(comparisons)]) + "\n"
+    text = (
+        "\n\n".join(["# " + _title(comparisons), *parts, HOW_TO_READ, _origins(comparisons)]) + "\n"
+    )
     write_pages(folder, text, images)
     _write_summary(folder / "summary.csv", sections)
 
@@ -95,6 +98,8 @@ def _section(section: Section, number: int, images: dict[str, str], folder: Path
         parts.append("Learning curves with the chosen values: mean and 95 % band over seeds.")
     parts += ["### The numbers", _numbers(rows)]
     for label, row in names.items():
+        if row.lost:
+            parts.append(f"{label}: {row.lost} of the runs that confirm diverged.")
         seeds = max(len(candidate.results) for candidate in row.candidates)
         for candidate in row.candidates:
             runs = len(candidate.results)
@@ -203,31 +208,6 @@ def _difference(difference: Difference | None, seeds: int) -> str:
         f"p = {difference.p_value:.3g}{fewer}"
     )
     return f"**{text}**" if difference.sign else text
-
-
-_METHOD = f"""## How to read it
-
-* *test %*: mean over seeds, its standard error, and Student's 95 % interval, of each run's best
-  epoch on the validation split, with the hyperparameters of the best mean validation accuracy. The
-  test split plays no part in either choice. *last epoch* is the same run without that choice of an
-  epoch.
-* *same epochs* and *same gradients*: mean differences in test accuracy, in points, to the baseline
-  with the same number of epochs, and to plain training (sgd) with the same number of batch
-  gradients, that is, more epochs. Runs are paired by seed, which fixes initialization, order of the
-  examples, augmentation and wrong labels.
-* *p*: two-sided paired permutation test, exact for up to {EXACT_SEEDS} seeds, after Holm's
-  correction for all comparisons of a table. **Bold** is significant at
-  {100 * (1 - LEVEL):.0f} %. The intervals are not corrected.
-* Without --confirm, the hyperparameters are chosen by validation accuracies of the same runs whose
-  test accuracies are compared. A method with many values then looks a little better than it is,
-  and its p-values are a little too small. With it, only runs of fresh seeds are compared.
-* The seeds do not vary the data split: intervals and p-values are about this test split. Each
-  table is corrected by itself.
-* *gradients*: number of batch gradients of a run. *time*: of a run, and *ms per step*: a run's
-  share of the time of the runs computed at once (their number in parentheses), evaluation included
-  except for runs of experiments.train.
-* summary.csv has this table, runs.csv every run, curves.csv every epoch (several tasks have a
-  folder each)."""
 
 
 def _origins(comparisons: Sequence[Comparison]) -> str:

@@ -9,7 +9,7 @@ Several tasks have a subfolder each.
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,42 +193,6 @@ def there_are_any(folder: Path) -> bool:
     return path.exists() and bool(files.read_csv(path))
 
 
-def merged(comparisons: Iterable[Comparison]) -> list[Comparison]:
-    """Returns one comparison per task.
-
-    Raises:
-        ArgumentError: if two results of one run differ, or a seed both chooses and confirms.
-    """
-    by_task: dict[str, Comparison] = {}
-    for comparison in comparisons:
-        name = json.dumps(comparison.task, sort_keys=True)
-        whole = by_task.setdefault(name, Comparison(comparison.task, [], []))
-        known = {result.key: result for result in whole.results}
-        for result in comparison.results:
-            there = known.get(result.key)
-            if there is None:
-                whole.results.append(result)
-            elif there.test_accuracy != result.test_accuracy:
-                raise ArgumentError(
-                    f"--from has two results of {result.method} with seed {result.seed} that "
-                    "differ: leave one of their folders out"
-                )
-        _check_disjoint(whole.results)
-        whole.origins += comparison.origins
-    return list(by_task.values())
-
-
-def _check_disjoint(results: Sequence[Result]) -> None:
-    """Refuses seeds of which some runs have chosen values that others confirm."""
-    choosing = {(result.method, result.seed) for result in results if not result.confirms}
-    for result in results:
-        if result.confirms and (result.method, result.seed) in choosing:
-            raise ArgumentError(
-                f"--from has seed {result.seed} of {result.method} among the seeds that choose "
-                "values and among those that confirm them: leave one of their folders out"
-            )
-
-
 def _read_comparison(folder: Path) -> Comparison:
     about = json.loads((folder / "comparison.json").read_text())
     curves: dict[str, list[dict[str, float]]] = {}
@@ -247,9 +211,10 @@ def _read_comparison(folder: Path) -> Comparison:
 
 def _task_of(recorded: dict[str, Any]) -> dict[str, Any]:
     """Returns a task as this version records it."""
-    for name, nothing in PERTURBATION_OPTIONS.items():
-        # An older version recorded what is part of a method now.
-        if recorded.get(name, nothing) not in (nothing, recorded["batch_size"]):
+    # An older version recorded what is part of a method now.
+    usual = PERTURBATION_OPTIONS | {"group_size": recorded["batch_size"]}
+    for name, nothing in usual.items():
+        if recorded.get(name) not in (None, nothing):
             raise ValueError(f"its runs with {name} {recorded[name]} are of an older version")
     return {name: recorded.get(name, default) for name, default in _TASK_DEFAULTS.items()}
 

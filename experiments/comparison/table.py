@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 
 from experiments.comparison import significance
-from experiments.comparison.results import Comparison, Result
+from experiments.comparison.results import FINISHED, Comparison, Result
 from experiments.comparison.significance import Candidate, Difference, Estimate
 from experiments.config.methods import PLAIN
 from experiments.system.command_line import ArgumentError
@@ -25,6 +25,7 @@ class Row:
         best: the reported runs with the chosen values, see :func:`significance.reported`; None if
             there are none.
         test: test accuracy of the reported candidate.
+        lost: number of runs that were to confirm the values, and diverged.
         same_epochs: difference from the baseline with the same number of epochs.
         same_gradients: difference from plain training with the same number of gradients.
     """
@@ -35,6 +36,7 @@ class Row:
     chosen: Candidate | None
     best: Candidate | None
     test: Estimate | None
+    lost: int = 0
     same_epochs: Difference | None = None
     same_gradients: Difference | None = None
 
@@ -114,7 +116,8 @@ def rows_of(comparison: Comparison, baseline: str | None = None) -> list[Row]:
             best = None
         test = best and significance.estimate([r.test_accuracy for r in best.results])
         known = significance.candidates(choosing)
-        rows[method, epochs] = Row(method, epochs, known, chosen, best, test)
+        lost = sum(result.confirms and result.status != FINISHED for result in results)
+        rows[method, epochs] = Row(method, epochs, known, chosen, best, test, lost)
     for row in rows.values():
         row.same_epochs = _difference(row, rows.get((baseline, row.epochs)))
         if row.reported.gradients > 1:

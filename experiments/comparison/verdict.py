@@ -16,7 +16,7 @@ def in_short(rows: Sequence[Row], baseline: str) -> str:
     """
     best = rows[0]
     if best.test is None:
-        return "All methods diverged."
+        return "No method has a result: see below."
     name, seeds = row_name(best, rows), best.test.count
     answers = [
         f"**Which is best?** {name}: {100 * best.test.mean:.2f} % test accuracy, the highest mean "

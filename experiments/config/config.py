@@ -53,7 +53,7 @@ class Task:
         str | None,
         tyro.conf.arg(
             help=f"The network: {', '.join(ARCHITECTURES)}; or MODULE:FACTORY for a model of your "
-            "own (default: mlp for digits, else resnet20).",
+            "own (default: mlp for digits, cnn1d for mnist1d, else resnet20).",
             help_behavior_hint=preset_value,
         ),
     ] = None
@@ -129,7 +129,7 @@ class Config(Place, Perturbing, Hyperparameters, Task):
     batch_statistics: Literal["synchronised", "per-device"] = "synchronised"
     """Batch normalization over the whole batch, or over each device's part (not with jit)."""
     checkpoint_every: OrDefault[int] = None
-    """Steps between checkpoints (default: 1 epoch; digits: 10). The best epoch is always kept."""
+    """Steps between checkpoints (default: 1 epoch; digits, mnist1d: 10). The best one is kept."""
     keep_checkpoints: int = 2
     """Number of latest checkpoints to keep."""
     output: OrDefault[Path] = None

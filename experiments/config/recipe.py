@@ -138,6 +138,8 @@ def resolve(config: Config) -> Recipe:
     )
     _check_perturbed(recipe)
     _check_sizes(recipe)
+    if usual.white is None:
+        _check_signals(recipe)
     return recipe
 
 
@@ -206,6 +208,20 @@ def _check_perturbed(recipe: Recipe) -> None:
             raise ArgumentError(
                 f"{option_of(name)} cannot be used with --method {recipe.method}, which contains "
                 "the base optimizer: its steps are whole updates, not gradients"
+            )
+
+
+def _check_signals(recipe: Recipe) -> None:
+    """Refuses what is only for images."""
+    if recipe.method_spec.attack:
+        raise ArgumentError(
+            f"--method {recipe.method} attacks pixels, and {recipe.dataset} has signals, not images"
+        )
+    for name in ("crop_padding", "flip", "cutout"):
+        if getattr(recipe, name):
+            raise ArgumentError(
+                f"{option_of(name)} has no meaning for {recipe.dataset}, which has signals, not "
+                "images"
             )
 
 

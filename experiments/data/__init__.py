@@ -35,7 +35,7 @@ class DatasetSpec(NamedTuple):
         flip: whether half of the images are mirrored. Digits are not: a mirrored digit is wrong.
         cutout: share of the images that lose a square.
         checkpoint_epochs: epochs between checkpoints.
-        white: largest value of a pixel; None if the examples are no images.
+        white: largest value of a pixel; None if the examples are not images.
     """
 
     load: Callable[[Source], Dataset] = tfds_images
@@ -80,7 +80,7 @@ def white_of(name: str) -> int:
     """Returns the largest value of a pixel.
 
     Raises:
-        DatasetError: if the examples are no images.
+        DatasetError: if the examples are not images.
     """
     white = dataset_spec(name).white
     if white is None:

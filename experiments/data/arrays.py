@@ -35,9 +35,10 @@ def dataset_from_arrays(
     """
     height, width, channels = images.shape[1:]
     if source.image_size is not None and (height, width) != (source.image_size,) * 2:
+        allowed = f"must be {height}" if height == width else "must be left out"
         raise DatasetError(
-            f"{source.name} has {height}x{width} pixels: image_size must be {height}, "
-            f"got {source.image_size}"
+            f"{source.name} has {height}x{width} pixels: image_size {allowed}, got "
+            f"{source.image_size}"
         )
     labels = labels.astype(np.int32)
     everything = np.arange(len(labels))

@@ -19,7 +19,7 @@ import numpy as np
 import optax
 
 from experiments.data import white_of
-from experiments.measures.trained import Trained
+from experiments.measures.trained import Trained, over_seeds
 from experiments.step.attack import LEVELS, ascended, random_start, usual_step
 from experiments.step.evaluation import Predict
 
@@ -61,7 +61,7 @@ class Attacker:
         clean_accuracy: the accuracies without an attack, float64[seeds].
 
     Raises:
-        DatasetError: if the examples are no images.
+        DatasetError: if the examples are not images.
     """
 
     def __init__(self, trained: Trained) -> None:
@@ -126,7 +126,7 @@ def _right(predict: Predict, white: int) -> Callable:
     def right(params: Any, stats: Any, pixels: jax.Array, labels: jax.Array) -> jax.Array:
         return predict(params, stats, white * pixels).argmax(-1) == labels
 
-    return jax.jit(jax.vmap(right, (0, 0, 0, 0)))
+    return over_seeds(right, (0, 0, 0, 0))
 
 
 @functools.cache
@@ -139,7 +139,7 @@ def _step(predict: Predict, white: int, norm: str, loss: str) -> Callable:
 
         return ascended(clean, at, jax.grad(total)(at), norm, *sizes)
 
-    return jax.jit(jax.vmap(step, (0, 0, 0, 0, 0, None, None)))
+    return over_seeds(step, (0, 0, 0, 0, 0, None, None))
 
 
 def margin_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:

@@ -16,7 +16,7 @@ import optax
 
 import bisam_jax
 from experiments.measures.findings import Finding, Measures
-from experiments.measures.trained import Trained
+from experiments.measures.trained import Trained, over_seeds
 from experiments.step.evaluation import Predict
 from experiments.system import machine
 from experiments.system.command_line import ArgumentError
@@ -135,7 +135,7 @@ def _clean(predict: Predict, measures: Measures) -> Any:
         loss = loss_of(predict, stats, measures.normalised_logits)(params, batch)
         return loss.mean(), _error(predict, params, stats, batch)
 
-    return jax.jit(jax.vmap(clean, _AXES))
+    return over_seeds(clean, _AXES)
 
 
 def _ball(name: str, rho: Any) -> optax.GradientTransformation:
@@ -160,7 +160,7 @@ def _rises(predict: Predict, measures: Measures, ball: str, steps: int) -> Any:
         there, here = (_error(predict, at, stats, batch) for at in (point, params))
         return {"rise of the loss": (rise, jnp.nan), "rise of the error": (there - here, jnp.nan)}
 
-    return jax.jit(jax.vmap(rises, (*_AXES, None)))
+    return over_seeds(rises, (*_AXES, None))
 
 
 @functools.cache
@@ -179,7 +179,7 @@ def _random(predict: Predict, measures: Measures, ball: str) -> Any:
         )
         return {"rise of the loss": tuple(mean)}
 
-    return jax.jit(jax.vmap(rises, (*_AXES, None)))
+    return over_seeds(rises, (*_AXES, None))
 
 
 @functools.cache
@@ -195,7 +195,7 @@ def _curvature(predict: Predict, measures: Measures, depth: int) -> Any:
             bisam_jax.hessian_trace(*rest, num_samples=measures.directions, **shared),
         )
 
-    return jax.jit(jax.vmap(curvature, _AXES))
+    return over_seeds(curvature, _AXES)
 
 
 @functools.cache
@@ -216,7 +216,7 @@ def _density(predict: Predict, measures: Measures, depth: int) -> Any:
             microbatch_size=measures.microbatch_size,
         )
 
-    return jax.jit(jax.vmap(density, (*_AXES, None, None)))
+    return over_seeds(density, (*_AXES, None, None))
 
 
 def _findings(
@@ -237,7 +237,7 @@ def _check_memory(trained: Trained, depth: int) -> None:
     """Refuses more Lanczos vectors than fit."""
     # XLA on CPU holds them twice.
     copies = 2 if jax.default_backend() == "cpu" else 1
-    vector = 4 * _size(trained) * len(trained.seeds) * copies
+    vector = 4 * _size(trained) * copies
     free = SHARE_OF_MEMORY * machine.free_bytes()
     if depth * vector > free:
         raise ArgumentError(

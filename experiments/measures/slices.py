@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from experiments.measures.sharpness import loss_of
-from experiments.measures.trained import Trained
+from experiments.measures.trained import Trained, over_seeds
 from experiments.step.evaluation import Predict
 
 
@@ -101,7 +101,7 @@ def _programs(predict: Predict, normalised_logits: bool) -> tuple[Any, ...]:
 
     axes = (0, 0, None, 0)
     return (
-        jax.jit(jax.vmap(directions, axes)),
-        jax.jit(jax.vmap(at, (*axes, 0, None))),
+        over_seeds(directions, axes),
+        over_seeds(at, (*axes, 0, None)),
         jax.jit(at),
     )

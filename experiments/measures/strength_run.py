@@ -14,6 +14,7 @@ from experiments.comparison.grid import Grid
 from experiments.comparison.grid_run import Examples, examples_of
 from experiments.config.recipe import Recipe
 from experiments.measures.strength import Strength, ascended_losses, make_strength
+from experiments.measures.trained import over_seeds
 from experiments.step.feeds import InMemory
 from experiments.system import progress
 from experiments.system.command_line import ArgumentError
@@ -102,7 +103,7 @@ def _measured_group(
     program = capacity.program(experiment, len(group), None)
     images = np.asarray(cast(InMemory, experiment.train).split.images)
     strength = make_strength(experiment, losses)
-    measure = jax.jit(jax.vmap(strength, (0, 0, None, 0, None)))
+    measure = over_seeds(strength, (0, 0, None, 0, None))
     size = group[0].batch_size
 
     def means(params: Any, stats: Any, labels: np.ndarray) -> Strength:

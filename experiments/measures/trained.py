@@ -26,7 +26,7 @@ class Sample(NamedTuple):
     """Some examples of a split.
 
     Attributes:
-        images: uint8[examples, height, width, channels].
+        images: uint8 or float32[examples, height, width, channels].
         labels: int32[seeds, examples]. With label noise they differ between seeds.
     """
 
@@ -126,6 +126,27 @@ def _of_runs(
         )
 
 
+def over_seeds(function: Any, axes: Sequence[int | None]) -> Any:
+    """Returns `function`, of one network, for all seeds, jitted: one network after another.
+
+    So it needs the memory of one network, however many seeds there are.
+
+    Args:
+        function: a function of one network.
+        axes: for each argument, 0 if its first axis is the seed, otherwise None.
+    """
+
+    def mapped(*arguments: Any) -> Any:
+        def of_seed(own: list[Any]) -> Any:
+            left = iter(own)
+            return function(*(x if axis is None else next(left) for x, axis in zipped))
+
+        zipped = list(zip(arguments, axes, strict=True))
+        return jax.lax.map(of_seed, [x for x, axis in zipped if axis is not None])
+
+    return jax.jit(mapped)
+
+
 def _of_comparison(
     folder: Path, examples: int, every_candidate: bool, data_dir: Path | None
 ) -> Iterator[tuple[dict[str, Any], Trained]]:
@@ -186,7 +207,8 @@ def _candidates(
             is_chosen = row.best is not None and candidate.values == row.best.values
             if candidate.diverged or not (every_candidate or is_chosen):
                 continue
-            shown = row.best if is_chosen and row.best and not every_candidate else candidate
+            # The networks that are reported: of fresh seeds, if there are any.
+            shown = row.best if row.best and not every_candidate else candidate
             yield (
                 _name(row, rows, candidate.values, every_candidate),
                 [result.key for result in shown.results],

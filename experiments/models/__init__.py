@@ -130,7 +130,8 @@ def build(
         for _, part in nnx.iter_graph(model):
             if isinstance(part, nnx.BatchNorm):
                 part.axis_name = axis_name
-            if isinstance(part, nnx.Conv):
+            plain = jax.lax.conv_general_dilated
+            if isinstance(part, nnx.Conv) and part.conv_general_dilated is plain:
                 part.conv_general_dilated = convolve
         return model
 

@@ -2,7 +2,7 @@
 
 XLA on CPU computes the gradient in the kernel as a convolution whose window is the whole image,
 several times slower than the other two passes, and all three many times slower inside loops and
-under `jax.vmap` over kernels. The same numbers as matrix products have none of this. See
+under `jax.vmap` over kernels. Matrix products give the same numbers without these costs. See
 `python -m experiments.benchmarks.convolutions`.
 """
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 # Examples are computed in blocks, whose intermediate arrays of about this size stay in the cache.
 _BLOCK_NUMBERS = 2**20
@@ -26,6 +27,7 @@ def convolve(
     lhs_dilation: Sequence[int],
     rhs_dilation: Sequence[int],
     feature_group_count: int = 1,
+    preferred_element_type: DTypeLike | None = None,
     **options: Any,
 ) -> jax.Array:
     """Acts as `jax.lax.conv_general_dilated`, computed as matrix products on CPUs.
@@ -41,6 +43,7 @@ def convolve(
         lhs_dilation: distances of the pixels, with zeros between them.
         rhs_dilation: distances of the pixels in the window.
         feature_group_count: number of groups of channels that are convolved by themselves.
+        preferred_element_type: dtype of the result; None for that of the images.
         **options: other arguments of `jax.lax.conv_general_dilated`.
     """
 
@@ -53,6 +56,7 @@ def convolve(
             lhs_dilation,
             rhs_dilation,
             feature_group_count=feature_group_count,
+            preferred_element_type=preferred_element_type,
             **options,
         )
 
@@ -63,12 +67,11 @@ def convolve(
             sizes = (images.shape[1:-1], kernel.shape[:-2])
             zeros = jax.lax.padtype_to_pads(*sizes, strides, zeros)
         images = _dilated(images, (1, *lhs_dilation, 1))
+        last = (feature_group_count, preferred_element_type)
         if images.ndim == 3:
-            row = _in_groups(
-                images[:, None], kernel[None], (1, *strides), ((0, 0), *zeros), feature_group_count
-            )
-            return row[:, 0]
-        return _in_groups(images, kernel, strides, zeros, feature_group_count)
+            row = (images[:, None], kernel[None], (1, *strides), ((0, 0), *zeros))
+            return _in_groups(*row, *last)[:, 0]
+        return _in_groups(images, kernel, strides, zeros, *last)
 
     if images.ndim > 4:
         return compiled(images, kernel)
@@ -80,18 +83,20 @@ def as_products(
     kernel: jax.Array,
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Returns the convolution, computed as one matrix product per block of examples.
 
-    For each pixel of a row of results, the product has the input's rows in the window, side by
-    side, on its left, and all columns of the kernel on its right. The columns' results are then
-    added, each shifted to its place.
+    Each row of the left factor has the pixels of one column of the image that are in the window's
+    rows. The right factor has all columns of the kernel. Their results are then added, each shifted
+    to its place.
 
     Args:
         images: [batch, height, width, channels].
         kernel: [height, width, channels, channels of the result].
         strides: steps of the window along height and width.
         padding: zeros before and after the height, and the width.
+        dtype: dtype of the result; None for that of the images.
     """
     (rows, columns), (row_step, column_step) = kernel.shape[:2], strides
     batch, _, width, n_in = images.shape
@@ -102,7 +107,7 @@ def as_products(
             images.shape[1:3], padding, (rows, columns), strides, strict=True
         )
     )
-    # Sums are rounded once, as in the compiler's convolution.
+    # Sums, also those of the kernel's gradient over the blocks, are rounded once.
     precise = jnp.promote_types(images.dtype, jnp.float32)
 
     # Kept for the backward pass are only the images, as in the compiler's convolution.
@@ -112,7 +117,11 @@ def as_products(
         seen = jnp.concatenate(
             [_every(padded, row, height_out, row_step, axis=1) for row in range(rows)], axis=-1
         )
-        product = jax.lax.dot(seen.reshape(-1, rows * n_in), matrix, preferred_element_type=precise)
+        product = jax.lax.dot(
+            seen.reshape(-1, rows * n_in),
+            matrix.astype(block.dtype),
+            preferred_element_type=precise,
+        )
         by_column = jnp.split(
             product.reshape(len(block), height_out, width, columns * n_out), columns, axis=-1
         )
@@ -121,9 +130,9 @@ def as_products(
             _every(jnp.pad(part, zeros), column, width_out, column_step, axis=2)
             for column, part in enumerate(by_column)
         ]
-        return functools.reduce(jnp.add, placed).astype(block.dtype)
+        return functools.reduce(jnp.add, placed).astype(dtype or block.dtype)
 
-    matrix = kernel.swapaxes(1, 2).reshape(rows * n_in, columns * n_out)
+    matrix = kernel.swapaxes(1, 2).reshape(rows * n_in, columns * n_out).astype(precise)
     numbers = height_out * width * (rows * n_in + columns * n_out)
     size = max(1, min(batch, _BLOCK_NUMBERS // numbers))
     blocks = batch // size
@@ -151,10 +160,11 @@ def _in_groups(
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
     groups: int,
+    dtype: DTypeLike | None,
 ) -> jax.Array:
+    of_group = functools.partial(as_products, strides=strides, padding=padding, dtype=dtype)
     if groups == 1:
-        return as_products(images, kernel, strides, padding)
-    of_group = functools.partial(as_products, strides=strides, padding=padding)
+        return of_group(images, kernel)
     # The channels of a group, and of its results, are neighbors.
     results = jax.vmap(of_group, in_axes=3, out_axes=3)(
         images.reshape(*images.shape[:3], groups, -1),

@@ -1,6 +1,7 @@
 """Everything that a run computes with, built from a recipe and a data set."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,8 @@ from experiments.system.command_line import ArgumentError
 CUTOUT_LENGTH = 16
 # With more, a signal waits longer. With fewer, the device may wait for the host.
 STEPS_AT_ONCE = 20
+# On a CPU, about the numbers in the images of a launch: 20 batches of digits, one of CIFAR-10.
+NUMBERS_AT_ONCE = 2**18
 EVALUATION_BATCH_SIZE = 500
 
 
@@ -116,7 +119,7 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
     own = _step(recipe, dataset, apply, method, recipe.hyperparameters, *shared)
     predict = evaluation.make_predict(apply, _normalise(dataset))
     sums = evaluation.make_sums(predict)
-    steps_at_once = min(STEPS_AT_ONCE, steps_per_epoch)
+    steps_at_once = min(_steps_at_once(recipe, dataset), steps_per_epoch)
     train, validation, test = (
         feed_of(part, layout, steps_at_once)
         for part in (dataset.train, dataset.validation, dataset.test)
@@ -211,6 +214,14 @@ def _step(
         lambda images: (images * std + mean) / white,
         lambda pixels: augmentation.normalise(white * pixels, mean, std),
     )
+
+
+def _steps_at_once(recipe: Recipe, dataset: data.Dataset) -> int:
+    if jax.default_backend() != "cpu":
+        return STEPS_AT_ONCE
+    # Large steps take long on a CPU, and a signal waits for the end of a launch.
+    numbers = recipe.batch_size * math.prod(dataset.image_shape)
+    return max(1, min(STEPS_AT_ONCE, NUMBERS_AT_ONCE // numbers))
 
 
 def _evaluated_at_once(recipe: Recipe, dataset: data.Dataset) -> int:

@@ -32,6 +32,21 @@ def test_accuracies():
     assert "the command" in lines
 
 
+def test_differences():
+    """Of the three questions, sgd has an answer to none, and SAM to the first two."""
+    asam = eight("asam", 0.72, rho=1.0)
+    text = documents.differences_in_points([comparison_of(SAM, SGD, SGD_LONGER, asam)])
+    same_epochs, same_gradients, against_sam = text.split("**digits, mlp, batch 32**: ")[1:]
+    assert same_epochs.startswith("against sgd for as many epochs\n\n| method | clean labels |")
+    assert "| sam | **+20.00** [+20.00, +20.00] |" in same_epochs
+    assert "| sam | **+10.00** [+10.00, +10.00] |" in same_gradients
+    assert "| sgd" not in same_epochs + same_gradients
+    assert "| asam | **+2.00** [+2.00, +2.00] |" in against_sam
+    assert "| sam |" not in against_sam
+    assert "```sh\nthe command\n```" in text
+    assert "against SAM" not in documents.differences_in_points([comparison_of(SGD, SGD_LONGER)])
+
+
 def test_radii():
     """Where several hyperparameters vary, the others have the values that were chosen."""
     groups = [SGD]
@@ -45,13 +60,15 @@ def test_radii():
 
 
 def test_only_what_is_marked_is_rewritten(tmp_path):
-    for name, noise in (("digits-noise-more", 0.4), ("digits-noise-less", 0.2), ("mu-search", 0.9)):
+    there = {"digits-noise-more": 0.4, "digits-noise-less": 0.2, "mu-search": 0.9}
+    there |= {"study-digits-noise-0.8": 0.8, "study-digits-0.6": 0.6}
+    for name, noise in there.items():
         folder = tmp_path / "results" / name
         folder.mkdir(parents=True)
         known = comparison_of(SGD, SAM, task=TASK | {"label_noise": noise}, command=name)
         results.write_merged(folder, [known])
     (tmp_path / "docs").mkdir()
-    paths = [tmp_path / "docs" / name for name in ("results.md", "comparing.md")]
+    paths = [tmp_path / "docs" / name for name in ("results.md", "comparing.md", "pays.md")]
     for path in paths:
         path.write_text("before\n<!-- results -->\nold\n<!-- end of results -->\nafter\n")
     updated = documents.updated(tmp_path)
@@ -65,6 +82,9 @@ def test_only_what_is_marked_is_rewritten(tmp_path):
     tables = updated[paths[0]]
     assert "| method | epochs | 20 % wrong labels | 40 % wrong labels |" in tables
     assert "```sh\ndigits-noise-less\ndigits-noise-more\n```" in tables
+    study = updated[paths[2]]
+    assert "| method | 60 % wrong labels | 80 % wrong labels |" in study
+    assert "```sh\nstudy-digits-0.6\nstudy-digits-noise-0.8\n```" in study
 
 
 def test_the_plot_has_the_accuracies_at_every_share(monkeypatch):

@@ -204,9 +204,10 @@ def test_runs_of_streamed_images_are_trained_by_themselves(tmp_path, capsys):
     assert (folder / "runs.csv").read_text() == before
 
 
-def test_chosen_values_are_confirmed_with_fresh_seeds(tmp_path, capsys, monkeypatch):
+def test_chosen_values_are_confirmed_with_fresh_seeds(tmp_path, capsys, monkeypatch, epochs):
     args = [*GRID[:-2], "--confirm", 3, "--methods", "sgd", "sam", "sam@every=2"]
     args += ["--no-equal-gradients"]
+    monkeypatch.setattr(Checkpoints, "save", saved_at_once)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     status, out, err = run(capsys, *args, "--output", whole)
     assert status == 0, err
@@ -235,12 +236,16 @@ def test_chosen_values_are_confirmed_with_fresh_seeds(tmp_path, capsys, monkeypa
     # Stopped among the runs that confirm, and resumed.
     status, _, _ = run_interrupted(monkeypatch, 18, capsys, *args, "--output", stopped)
     assert status == 130
+    computed, _ = epochs
+    computed.clear()
     begun = files.read_csv(stopped / "runs.csv")
     assert len(begun) < len(rows)
     assert any(row["confirms"] == "1" for row in begun)
     status, _, err = run(capsys, *args, "--output", stopped)
     assert status == 0, err
     assert results_in(stopped) == results_in(whole)
+    # Two of four epochs of the second method's runs were saved, and none of the third's.
+    assert computed == [2, 3, 0, 1, 2, 3]
 
 
 def of(row, method, rho, confirms):

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from experiments.comparison import results
+from experiments.comparison.merging import merged
 from experiments.comparison.results import DIVERGED, FINISHED, Comparison
 from experiments.config.config import Config
 from experiments.config.recipe import filled_in, resolve
@@ -44,7 +45,7 @@ def test_one_comparison_per_task(tmp_path):
         comparison_of(SAM, task=noisy, command="noisy"),
         comparison_of(SGD, SAM, command="second"),
     ]
-    clean, other = results.merged(parts)
+    clean, other = merged(parts)
     assert clean == Comparison(TASK, [*SGD, *SAM], [parts[0].origins[0], parts[2].origins[0]])
     assert other == Comparison(noisy, SAM, parts[1].origins)
     # Each has a folder.
@@ -55,13 +56,24 @@ def test_one_comparison_per_task(tmp_path):
 def test_results_that_differ_are_refused():
     changed = [*SAM[:5], dataclasses.replace(SAM[5], test_accuracy=0.1)]
     with pytest.raises(ArgumentError, match="two results of sam with seed 5 that differ"):
-        results.merged([comparison_of(SAM), comparison_of(changed)])
+        merged([comparison_of(SAM), comparison_of(changed)])
 
 
 def test_a_comparison_of_an_older_version_lacks_options(tmp_path):
-    task = {name: value for name, value in TASK.items() if name != "every"}
+    task = {name: value for name, value in TASK.items() if name != "precision"}
+    # It recorded what is part of a method now.
+    task |= {"group_size": 32, "start_step": 0, "every": 1}
     results.write_merged(tmp_path, [comparison_of(SGD, task=task)])
     assert results.read_results(tmp_path)[0].task == TASK
+
+
+@pytest.mark.parametrize(("name", "value"), [("group_size", 8), ("every", 32), ("start_step", 32)])
+def test_methods_of_an_older_version_are_not_mixed_with_others(name, value, tmp_path):
+    results.write_merged(tmp_path, [comparison_of(SGD, task=TASK | {name: value})])
+    with pytest.raises(
+        ArgumentError, match=f"its runs with {name} {value} are of an older version"
+    ):
+        results.read_results(tmp_path)
 
 
 @pytest.mark.parametrize(

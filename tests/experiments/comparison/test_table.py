@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from experiments.comparison import table
-from experiments.comparison.results import merged
+from experiments.comparison.merging import merged
 from experiments.system.command_line import ArgumentError
 from tests.experiments.comparison.made_up import SAM, SGD, SGD_LONGER, comparison_of, eight
 
@@ -99,7 +99,8 @@ def test_what_is_not_confirmed_is_not_compared():
     assert made["sam", 10].same_epochs is not None
     (diverged, *others) = confirming(SAM)
     lost = dataclasses.replace(diverged, status="diverged", test_accuracy=None)
-    assert rows(SGD, SAM, confirming(SGD), [lost, *others])["sam", 10].test is None
+    row = rows(SGD, SAM, confirming(SGD), [lost, *others])["sam", 10]
+    assert (row.test, row.lost) == (None, 1)
 
 
 def test_a_seed_does_not_choose_and_confirm():
@@ -108,3 +109,7 @@ def test_a_seed_does_not_choose_and_confirm():
     with pytest.raises(ArgumentError, match="--from has seed 7 of sam among the seeds that choose"):
         merged([comparison_of(SAM), comparison_of(fresh)])
     assert len(merged([comparison_of(SAM), comparison_of(confirming(SAM))])) == 1
+    same = [dataclasses.replace(result, confirms=True) for result in SAM]
+    for folders in ((SAM, same), (same, SAM)):
+        with pytest.raises(ArgumentError, match="--from has seed 0 of sam among the seeds"):
+            merged(map(comparison_of, folders))

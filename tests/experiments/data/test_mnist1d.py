@@ -9,9 +9,10 @@ from mnist1d.data import get_dataset_args, make_dataset
 
 from experiments import data
 from experiments.config.config import Config
+from experiments.config.recipe import resolve
 from experiments.data import white_of
 from experiments.data.mnist1d import _made, mnist1d
-from experiments.run.training import experiment_from
+from experiments.system.command_line import ArgumentError
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +54,11 @@ def test_clear_errors(monkeypatch):
         mnist1d(data.Source("mnist1d/small"))
     with pytest.raises(data.DatasetError, match=r"mnist1d has signals, not images"):
         white_of("mnist1d")
-    config = Config(dataset="mnist1d", method="adversarial-linf", train_examples=64, batch_size=8)
-    with pytest.raises(data.DatasetError, match=r"mnist1d has signals, not images"):
-        experiment_from(config)
+    for options in ({"method": "adversarial-linf"}, {"crop_padding": 2}, {"flip": True}):
+        with pytest.raises(ArgumentError, match=r"mnist1d(, which)? has signals, not images"):
+            resolve(Config(dataset="mnist1d", **options))
+    with pytest.raises(data.DatasetError, match=r"1x40 pixels: image_size must be left out, got 1"):
+        data.load(data.Source("mnist1d", image_size=1))
     monkeypatch.setitem(sys.modules, "mnist1d.data", None)
     _made.cache_clear()
     with pytest.raises(data.DatasetError, match=r"pip install 'bisam_jax\[mnist1d\]'"):

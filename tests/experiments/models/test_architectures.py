@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from experiments import models
 from tests.experiments.models.values import drawn, normal
@@ -309,6 +310,26 @@ def test_a_model_from_elsewhere():
     logits, changed = apply(params, stats, images, train=True, keys=keys)
     assert logits.shape == (4, 5)
     assert jax.tree.leaves(jax.tree.map(jnp.array_equal, stats, changed)) != [True, True]
+
+
+def test_a_convolution_of_ones_own_is_kept(monkeypatch):
+    def doubled(*args, **options):
+        return 2 * jax.lax.conv_general_dilated(*args, **options)
+
+    apply, params, stats = models.create("cnn", (8, 8, 1), 3, seed=0)
+    images = normal(2, 8, 8, 1)
+    expected, _ = apply(params, stats, 2 * images, train=False)
+    plain = nnx.Conv.__init__
+    monkeypatch.setattr(
+        nnx.Conv,
+        "__init__",
+        lambda self, n_in, *args, **options: plain(
+            self, n_in, *args, **options | ({"conv_general_dilated": doubled} if n_in == 1 else {})
+        ),
+    )
+    _, own = models.build("cnn", (8, 8, 1), 3)
+    found, _ = own(params, stats, images, train=False)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_the_model_of_the_documentation(tmp_path, monkeypatch):
