@@ -204,6 +204,7 @@ def test_runs_of_streamed_images_are_trained_by_themselves(tmp_path, capsys):
     assert (folder / "runs.csv").read_text() == before
 
 
+@pytest.mark.slow
 def test_chosen_values_are_confirmed_with_fresh_seeds(tmp_path, capsys, monkeypatch, epochs):
     args = [*GRID[:-2], "--confirm", 3, "--methods", "sgd", "sam", "sam@every=2"]
     args += ["--no-equal-gradients"]

@@ -71,6 +71,7 @@ def test_windows(strides, size, padding):
     check(*both((3, 7, 9, 4), 6, size, strides=strides, padding=padding))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "n_out", "size", "options"),
     [
@@ -109,6 +110,7 @@ def test_narrow_types_are_rounded_once(dtype, rtol):
     assert (np.abs(found - same(x, kernel)) <= 1.01 * bound).all()
 
 
+@pytest.mark.slow
 def test_under_every_transformation():
     """vmap over kernels, loops, and derivatives of derivatives."""
     images, kernel = (normals(*shape) for shape in ((4, 6, 6, 3), (3, 3, 3, 5)))
