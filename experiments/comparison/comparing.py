@@ -90,7 +90,9 @@ def confirming_runs(grid: Grid, recipes: Sequence[Recipe], comparison: Compariso
     # In the order of the search, in which runs that can share a program are neighbors.
     order = {recipe.key[:-1]: number for number, recipe in enumerate(recipes)}
     chosen.sort(key=lambda recipe: order[recipe.key[:-1]])
-    return [dataclasses.replace(recipe, seed=seed) for recipe in chosen for seed in grid.confirmed]
+    return [
+        dataclasses.replace(recipe, seed=seed) for recipe in chosen for seed in grid.fresh_seeds
+    ]
 
 
 def report_again(folders: Sequence[Path], folder: Path, baseline: str | None = None) -> None:

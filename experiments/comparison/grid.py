@@ -80,14 +80,14 @@ class Grid(SeveralHyperparameters, Task):
         return task_of(self, self._recipe("sam", 0, {}))
 
     @property
-    def searched(self) -> range:
+    def search_seeds(self) -> range:
         """The seeds of the runs that choose the values."""
         return range(self.first_seed, self.first_seed + self.seeds)
 
     @property
-    def confirmed(self) -> range:
+    def fresh_seeds(self) -> range:
         """The seeds of the runs with the chosen values. No run has chosen with one of them."""
-        return range(self.searched.stop, self.searched.stop + self.confirm)
+        return range(self.search_seeds.stop, self.search_seeds.stop + self.confirm)
 
     @functools.cached_property
     def recipes(self) -> list[Recipe]:
@@ -113,7 +113,7 @@ class Grid(SeveralHyperparameters, Task):
         return [
             self._recipe(name, seed, dict(zip(names, values, strict=True)))
             for values in grid
-            for seed in self.searched
+            for seed in self.search_seeds
         ]
 
     def _tried(self, name: str, grid: list[tuple]) -> list[tuple]:

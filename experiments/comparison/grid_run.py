@@ -65,7 +65,7 @@ def examples_of(grid: Grid) -> Examples:
     if first.train.streamed:
         return Examples(first, {})
     labels = {}
-    for seed in (*grid.searched, *grid.confirmed):
+    for seed in (*grid.search_seeds, *grid.fresh_seeds):
         noisy = grid.label_noise > 0 and seed != grid.first_seed
         labels[seed] = labels_of(data.load(grid.source(seed)) if noisy else first)
     return Examples(first, labels)
@@ -210,7 +210,7 @@ class GridRun:
             progress.print_line(f"these runs take about {duration(left)}")
 
     def _add(self, new: list[Result]) -> None:
-        confirmed = self._grid.confirmed
+        confirmed = self._grid.fresh_seeds
         self._comparison.results += [
             dataclasses.replace(result, confirms=result.seed in confirmed) for result in new
         ]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from markdown_it import MarkdownIt
 
 from experiments.comparison import plots
-from experiments.comparison.reading import HOW_TO_READ
+from experiments.comparison.how_to_read import HOW_TO_READ
 from experiments.comparison.results import Comparison
 from experiments.comparison.significance import Difference, Estimate
 from experiments.comparison.table import DIFFERENCES, Row, baseline_of, row_name, rows_of

@@ -146,9 +146,9 @@ def test_every_method_gets_the_same_number_of_trials():
 
 def test_seeds_that_confirm_have_not_chosen():
     grid = Grid(methods=("sam",), seeds=3, first_seed=4, confirm=5)
-    assert list(grid.searched) == [4, 5, 6] == [recipe.seed for recipe in grid.recipes]
-    assert list(grid.confirmed) == [7, 8, 9, 10, 11]
-    assert not Grid(methods=("sam",)).confirmed
+    assert list(grid.search_seeds) == [4, 5, 6] == [recipe.seed for recipe in grid.recipes]
+    assert list(grid.fresh_seeds) == [7, 8, 9, 10, 11]
+    assert not Grid(methods=("sam",)).fresh_seeds
 
 
 @pytest.mark.parametrize("name", ["sgd+log", "bisam-log+log", "sam+ce", "SAM", ""])
