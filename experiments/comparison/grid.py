@@ -34,7 +34,7 @@ class Grid(SeveralHyperparameters, Task):
     first_seed: int = 0
     """The first seed. The others follow it."""
     trials: OrDefault[int] = None
-    """Number of values to try per method, drawn from all combinations (default: all of them)."""
+    """Number of values to try per method: a balanced draw from all combinations (default: all)."""
     confirm: int = 0
     """Number of fresh seeds for the values that each method's validation accuracy chose.
     Only these runs are then tested and reported (default: report the runs that chose)."""
@@ -125,8 +125,7 @@ class Grid(SeveralHyperparameters, Task):
                 f"--trials must be at most the {len(grid)} combinations of values of {name}, got "
                 f"{self.trials}: give its hyperparameters more values"
             )
-        drawn = np.random.default_rng(0).choice(len(grid), self.trials, replace=False)
-        return [grid[number] for number in sorted(drawn)]
+        return [grid[number] for number in sorted(_balanced_draw(grid, self.trials))]
 
     def _recipe(self, name: str, seed: int, values: dict[str, Any]) -> Recipe:
         method, perturbation, options = parsed(name)
@@ -174,6 +173,28 @@ def parsed(name: str) -> tuple[str, str | None, dict[str, int]]:
             )
         options[known[option]] = int(value)
     return method, perturbation or None, options
+
+
+def _balanced_draw(grid: Sequence[tuple], count: int) -> list[int]:
+    """Returns the numbers of `count` combinations in which all values are about equally frequent.
+
+    So are the pairs of values, as in an orthogonal array. Plain draws can leave out a value.
+    """
+    left = np.random.default_rng(0).permutation(len(grid)).tolist()
+    seen: collections.Counter = collections.Counter()
+    drawn = []
+    for _ in range(count):
+        rarest = min(left, key=lambda number: sum(seen[part] for part in _parts(grid[number])))
+        seen.update(_parts(grid[rarest]))
+        left.remove(rarest)
+        drawn.append(rarest)
+    return drawn
+
+
+def _parts(values: tuple) -> list[tuple]:
+    """Returns the single values and the pairs of values of a combination, each with its places."""
+    placed = list(enumerate(values))
+    return [*itertools.combinations(placed, 1), *itertools.combinations(placed, 2)]
 
 
 def _check_once(option: str, values: Iterable[Any]) -> None:

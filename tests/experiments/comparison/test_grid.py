@@ -1,6 +1,7 @@
 """The runs of a grid."""
 
 import collections
+import itertools
 
 import pytest
 
@@ -142,6 +143,21 @@ def test_every_method_gets_the_same_number_of_trials():
     assert {recipe.key for recipe in grid.recipes} < whole
     with pytest.raises(ArgumentError, match=r"at most the 4 combinations of values of sgd, got 5"):
         Grid(methods=("sam", "sgd"), **values, trials=5)
+
+
+def test_trials_use_all_values_equally_often():
+    values = {
+        "rho": (0.1, 0.3, 1.0),
+        "learning_rate": (0.03, 0.1, 0.3),
+        "weight_decay": (0.0, 1e-3, 2e-3),
+    }
+    grid = Grid(methods=("sam",), **values, trials=9, seeds=1)
+    tried = [{name: recipe.hyperparameters[name] for name in values} for recipe in grid.recipes]
+    for name in values:
+        counts = collections.Counter(combination[name] for combination in tried)
+        assert counts == dict.fromkeys(values[name], 3)
+    for one, other in itertools.combinations(values, 2):
+        assert len({(combination[one], combination[other]) for combination in tried}) == 9
 
 
 def test_seeds_that_confirm_have_not_chosen():
