@@ -17,8 +17,10 @@ if jax.__version_info__ < (0, 11):
     FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 os.environ["XLA_FLAGS"] = " ".join(FLAGS)
 
-# Compilation dominates: most programs run a few steps.
+# Compilation dominates: most programs run a few steps. Nor does a program need the places in the
+# source that each of its operations comes from.
 jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_traceback_in_locations_limit", 0)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -117,14 +117,17 @@ def torch_perturbation_loss(logits: Any, labels: Any) -> Any:
 def torch_step(name: str, images: Any, labels: Any) -> tuple[Callable[[], None], int]:
     """Returns a step of BiSAM, channels last, and the number of parameters.
 
+    It runs on the first GPU, if there is one.
+
     Args:
         name: a key of `NETWORKS`.
         images: float32[batch, height, width, channels].
         labels: int[batch].
     """
-    model = NETWORKS[name]().to(memory_format=torch.channels_last)  # pyright: ignore
-    x = torch.from_numpy(images).permute(0, 3, 1, 2)  # which is channels last
-    y = torch.from_numpy(labels).long()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = NETWORKS[name]().to(device, memory_format=torch.channels_last)  # pyright: ignore
+    x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2)  # which is channels last
+    y = torch.from_numpy(labels).to(device).long()
     params = list(model.parameters())
     optimizer = torch.optim.SGD(params, 0.1, momentum=0.9, weight_decay=5e-4)
 
@@ -141,5 +144,7 @@ def torch_step(name: str, images: Any, labels: Any) -> tuple[Callable[[], None],
             for p, e in zip(params, eps, strict=True):
                 p.sub_(e)
         optimizer.step()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return step, sum(p.numel() for p in params)
