@@ -1,8 +1,8 @@
 """Chooses how many replicas to train at once.
 
-On CPU networks consist of matrix products (:mod:`experiments.models.convolution`), which become
-batched products of all replicas. Elsewhere, convolutions of many replicas become grouped
-convolutions, which may be slower than one after another: both ways are timed.
+Networks of many replicas consist of matrix products (:mod:`experiments.models.convolution`), which
+become batched products of all replicas. Elsewhere than on CPU, a network by itself has the
+compiler's convolutions, which may be faster: both ways are timed.
 """
 
 import statistics

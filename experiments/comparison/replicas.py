@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.config.hyperparameters import STRUCTURAL
 from experiments.config.recipe import Recipe
 from experiments.data import Dataset, Split
+from experiments.models.convolution import products_on_all_devices
 from experiments.run.experiment import Experiment
 from experiments.step.epochs import Steps, steps_on
 from experiments.step.feeds import InMemory, windows
@@ -217,7 +218,9 @@ class Replicas:
 
     def _jit(self, function: Callable, axes: Sequence[int | None], donated: Any = ()) -> Callable:
         """Jits a function of one replica for all. `axes` are the replica axes of its arguments."""
-        mapped = jax.vmap(function, axes) if self.at_once else _of_the_only_one(function, axes)
+        mapped = _of_the_only_one(function, axes)
+        if self.at_once:
+            mapped = products_on_all_devices()(jax.vmap(function, axes))
         specs = tuple(P() if axis is None else P(_AXIS) for axis in axes)
         over_devices = jax.shard_map(
             mapped, mesh=self._mesh, in_specs=specs, out_specs=P(_AXIS), check_vma=False

@@ -1,13 +1,18 @@
-"""Convolutions as matrix products on CPUs, where XLA's own are slow.
+"""Convolutions as matrix products, where XLA's own are slow: on CPUs, and of many networks at once.
 
 XLA on CPU computes the gradient in the kernel as a convolution whose window is the whole image,
 several times slower than the other two passes, and all three many times slower inside loops and
 under `jax.vmap` over kernels. Matrix products give the same numbers without these costs. See
 `python -m experiments.benchmarks.convolutions`.
+
+On a GPU, `jax.vmap` over kernels makes grouped convolutions, which can be slower than one network
+after another. Batched products are not: see `python -m experiments.benchmarks.at_once`.
 """
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +21,17 @@ from jax.typing import DTypeLike
 
 # Examples are computed in blocks, whose intermediate arrays of about this size stay in the cache.
 _BLOCK_NUMBERS = 2**20
+_ON_ALL_DEVICES = contextvars.ContextVar("products_on_all_devices", default=False)
+
+
+@contextlib.contextmanager
+def products_on_all_devices() -> Iterator[None]:
+    """Functions that are traced within it convolve by products on accelerators too."""
+    token = _ON_ALL_DEVICES.set(True)
+    try:
+        yield
+    finally:
+        _ON_ALL_DEVICES.reset(token)
 
 
 def convolve(
@@ -32,8 +48,9 @@ def convolve(
 ) -> jax.Array:
     """Acts as `jax.lax.conv_general_dilated`, computed as matrix products on CPUs.
 
-    It is the argument `conv_general_dilated` of `flax.nnx.Conv`. Derivatives of any order,
-    `jax.vmap` and loops are those of the products. Convolutions along more than two axes are XLA's.
+    On other devices it is that function, except within :func:`products_on_all_devices`. It is the
+    argument `conv_general_dilated` of `flax.nnx.Conv`. Derivatives of any order, `jax.vmap` and
+    loops are those of the products. Convolutions along more than two axes are XLA's.
 
     Args:
         images: [batch, height, width, channels], or without the height.
@@ -60,14 +77,14 @@ def convolve(
             **options,
         )
 
-    def products(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    def products(images: jax.Array, kernel: jax.Array, block_numbers: int | None) -> jax.Array:
         kernel = _dilated(kernel, (*rhs_dilation, 1, 1))
         zeros = padding
         if isinstance(zeros, str):
             sizes = (images.shape[1:-1], kernel.shape[:-2])
             zeros = jax.lax.padtype_to_pads(*sizes, strides, zeros)
         images = _dilated(images, (1, *lhs_dilation, 1))
-        last = (feature_group_count, preferred_element_type)
+        last = (feature_group_count, preferred_element_type, block_numbers)
         if images.ndim == 3:
             row = (images[:, None], kernel[None], (1, *strides), ((0, 0), *zeros))
             return _in_groups(*row, *last)[:, 0]
@@ -75,7 +92,14 @@ def convolve(
 
     if images.ndim > 4:
         return compiled(images, kernel)
-    return jax.lax.platform_dependent(images, kernel, cpu=products, default=compiled)
+    # Accelerators have no cache to stay in, and are fastest with the whole batch.
+    whole = functools.partial(products, block_numbers=None)
+    return jax.lax.platform_dependent(
+        images,
+        kernel,
+        cpu=functools.partial(products, block_numbers=_BLOCK_NUMBERS),
+        default=whole if _ON_ALL_DEVICES.get() else compiled,
+    )
 
 
 def as_products(
@@ -84,6 +108,7 @@ def as_products(
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
     dtype: DTypeLike | None = None,
+    block_numbers: int | None = None,
 ) -> jax.Array:
     """Returns the convolution, computed as one matrix product per block of examples.
 
@@ -97,6 +122,7 @@ def as_products(
         strides: steps of the window along height and width.
         padding: zeros before and after the height, and the width.
         dtype: dtype of the result; None for that of the images.
+        block_numbers: size of a block's intermediate arrays; None for one block.
     """
     (rows, columns), (row_step, column_step) = kernel.shape[:2], strides
     batch, _, width, n_in = images.shape
@@ -134,7 +160,7 @@ def as_products(
 
     matrix = kernel.swapaxes(1, 2).reshape(rows * n_in, columns * n_out).astype(precise)
     numbers = height_out * width * (rows * n_in + columns * n_out)
-    size = max(1, min(batch, _BLOCK_NUMBERS // numbers))
+    size = batch if block_numbers is None else max(1, min(batch, block_numbers // numbers))
     blocks = batch // size
     whole, rest = images[: blocks * size], images[blocks * size :]
     if blocks == 1:
@@ -161,8 +187,11 @@ def _in_groups(
     padding: Sequence[tuple[int, int]],
     groups: int,
     dtype: DTypeLike | None,
+    block_numbers: int | None,
 ) -> jax.Array:
-    of_group = functools.partial(as_products, strides=strides, padding=padding, dtype=dtype)
+    of_group = functools.partial(
+        as_products, strides=strides, padding=padding, dtype=dtype, block_numbers=block_numbers
+    )
     if groups == 1:
         return of_group(images, kernel)
     # The channels of a group, and of its results, are neighbors.

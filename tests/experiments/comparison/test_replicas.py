@@ -15,6 +15,7 @@ from experiments.comparison.replicas import Replicas, inputs_of, labels_of
 from experiments.config.config import Config, Place
 from experiments.config.hyperparameters import HYPERPARAMETERS, STRUCTURAL
 from experiments.config.recipe import resolve
+from experiments.models import convolution
 from experiments.run.experiment import experiment_of
 from experiments.step.feeds import advance
 from experiments.step.layout import layout_of
@@ -124,6 +125,22 @@ def test_two_replicas_are_the_two_separate_runs(method):
 def test_whatever_is_trained(options):
     runs = configs(**options)
     check(runs[1:], *together(runs))
+
+
+def test_convolutions_of_replicas_at_once_are_products_on_all_devices(monkeypatch):
+    class ProductsError(Exception):
+        pass
+
+    def as_products(*args, block_numbers, **options):
+        if block_numbers is None:  # on accelerators
+            raise ProductsError
+        return real(*args, block_numbers=block_numbers, **options)
+
+    real = convolution.as_products
+    monkeypatch.setattr(convolution, "as_products", as_products)
+    experiment = experiment_from(configs(model="cnn", method="sgd")[0])
+    with pytest.raises(ProductsError):
+        Replicas(experiment, 2)
 
 
 @pytest.mark.parametrize("model", ["mlp", slow("cnn")])

@@ -173,6 +173,24 @@ def test_elsewhere_it_is_the_compilers():
     assert other.count("stablehlo.dot_general") == 3 - 1
 
 
+def test_products_on_all_devices():
+    """There in one block: a loop would leave an accelerator idle."""
+    images, kernel = jnp.zeros((64, 16, 16, 8)), jnp.zeros((3, 3, 8, 8))
+
+    def program():
+        options = {"lhs_dilation": (1, 1), "rhs_dilation": (1, 1)}
+        options["dimension_numbers"] = ("NHWC", "HWIO", "NHWC")
+        convolved = jax.jit(lambda *args: convolve(*args, (1, 1), "SAME", **options))
+        return convolved.trace(images, kernel).lower(lowering_platforms=("cuda",)).as_text()
+
+    with convolution.products_on_all_devices():
+        inside = program()
+    assert inside.count("stablehlo.dot_general") == 1
+    assert "stablehlo.while" not in inside
+    assert "stablehlo.convolution" not in inside
+    assert program().count("stablehlo.convolution") == 1
+
+
 def test_the_kernels_gradient_is_rounded_once(monkeypatch):
     """In bfloat16, a sum over 64 blocks of one example would lose half of its digits."""
     monkeypatch.setattr(convolution, "_BLOCK_NUMBERS", 1)
@@ -190,12 +208,12 @@ def test_another_dtype_of_the_result():
     check(y, expected, rtol=1e-6)
 
 
-def test_only_the_images_are_kept_for_the_backward_pass(monkeypatch):
-    monkeypatch.setattr(convolution, "_BLOCK_NUMBERS", 2**16)  # several blocks
+def test_only_the_images_are_kept_for_the_backward_pass():
     images, kernel = jnp.zeros((64, 16, 16, 8)), jnp.zeros((3, 3, 8, 8))
 
     def loss(images, kernel):
-        return as_products(images, kernel, (1, 1), ((1, 1), (1, 1))).sum()
+        several_blocks = {"block_numbers": 2**16}
+        return as_products(images, kernel, (1, 1), ((1, 1), (1, 1)), **several_blocks).sum()
 
     _, pullback = jax.vjp(loss, images, kernel)
     kept = sum(x.size for x in jax.tree.leaves(pullback))
