@@ -150,8 +150,8 @@ class Config(Place, Perturbing, Hyperparameters, Task):
 
 
 _RANGES = {
-    **dict.fromkeys(("epochs", "train_examples", "image_size", "every"), Range(1)),
-    **dict.fromkeys(("group_size", "microbatch_size", "batch_size"), Range(2)),
+    **dict.fromkeys(("epochs", "train_examples", "image_size", "every", "group_size"), Range(1)),
+    **dict.fromkeys(("microbatch_size", "batch_size"), Range(2)),
     **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "devices", "fsdp"), Range(1)),
     **dict.fromkeys(("crop_padding", "workers", "start_step"), Range(0)),
     **dict.fromkeys(("label_noise", "label_smoothing", "cutout"), Range(0, 1)),

@@ -99,6 +99,11 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
             f"got {recipe.batch_size}"
         )
     init, apply = _model(recipe, dataset, layout)
+    if recipe.group_size == 1 and jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))[1]):
+        raise ArgumentError(
+            f"--group-size must be at least 2 for {recipe.model}: its batch normalization has no "
+            "variance of one example"
+        )
     prepare = _prepare(recipe, dataset)
     method_of = _method_of(recipe, dataset, layout, steps_per_epoch * recipe.epochs)
 

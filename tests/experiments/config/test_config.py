@@ -55,7 +55,7 @@ def test_every_hyperparameter_is_an_option_with_its_range_and_help(help_text):
         ({"every": 0}, "--every must be finite, at least 1, got 0"),
         ({"start_step": -1}, "--start-step must be finite, at least 0, got -1"),
         ({"batch_size": 1}, "--batch-size must be finite, at least 2"),
-        ({"group_size": 1}, "--group-size must be finite, at least 2"),
+        ({"group_size": 0}, "--group-size must be finite, at least 1"),
         ({"microbatch_size": 1}, "--microbatch-size must be finite, at least 2"),
         ({"checkpoint_every": 0}, "--checkpoint-every must be finite, at least 1"),
         ({"keep_checkpoints": 0}, "--keep-checkpoints must be finite, at least 1"),

@@ -14,6 +14,7 @@ from experiments.config.recipe import resolve
 from experiments.run.experiment import _prepare
 from experiments.run.training import experiment_from
 from experiments.step.train_step import keys_of
+from experiments.system.command_line import ArgumentError
 
 pytestmark = pytest.mark.usefixtures("small_mlp")
 
@@ -42,6 +43,7 @@ WAYS = {
     "groups in parts": MIXED | {"group_size": 8, "microbatch_size": 16},
     "vit": VIT,
     "vit in parts": VIT | {"microbatch_size": 8},
+    "groups of one": VIT | {"group_size": 1},
 }
 # Without batch statistics, microbatches change only the order of sums. Groups have the same
 # perturbation, whatever part of the batch is computed at once.
@@ -81,6 +83,11 @@ def test_options_change_the_losses():
 @pytest.mark.usefixtures("small_vit")
 def test_all_options_change_the_losses():
     check(list(WAYS))
+
+
+def test_a_group_of_one_has_no_batch_statistics():
+    with pytest.raises(ArgumentError, match="--group-size must be at least 2 for mlp: its batch"):
+        experiment_from(Config(devices=1, group_size=1))
 
 
 def prepared(part=None, **options):
