@@ -1,4 +1,4 @@
-"""A perceptron with two hidden layers and batch normalization."""
+"""A perceptron with batch normalization."""
 
 import itertools
 import math
@@ -12,7 +12,7 @@ from experiments.models.layers import BatchNorm, head, module_list
 
 
 class MLP(nnx.Module):
-    """Two hidden layers on flat images: `width` units, batch normalization and ReLU each."""
+    """`depth` hidden layers on flat images: `width` units, batch normalization and ReLU each."""
 
     def __init__(
         self,
@@ -22,8 +22,9 @@ class MLP(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
         width: int = 256,
+        depth: int = 2,
     ) -> None:
-        sizes = (math.prod(image_shape), width, width)
+        sizes = (math.prod(image_shape), *[width] * depth)
         self.hidden = module_list(
             nnx.Linear(
                 n_in,

@@ -1,8 +1,7 @@
-import functools
-
 import pytest
 
 from experiments import models
+from tests.experiments.small import patch_mlp
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +22,5 @@ def small_vit(monkeypatch):
 
 @pytest.fixture
 def small_mlp(monkeypatch):
-    """A narrow perceptron, as mlp."""
-    narrow = functools.partial(models.MLP, width=16)
-    known = models.ARCHITECTURES["mlp"]._replace(module=narrow)
-    monkeypatch.setitem(models.ARCHITECTURES, "mlp", known)
+    """A narrow perceptron with one hidden layer, as mlp."""
+    patch_mlp(monkeypatch)

@@ -39,9 +39,10 @@ def test_every_way_is_timed(capsys, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("small_mlp")
 def test_the_times_are_measured(monkeypatch):
     monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:2])
-    options = at_once.AtOnceOptions(model="cnn", batch_size=4, at_once=(1,))
+    options = at_once.AtOnceOptions(model="mlp", batch_size=4, at_once=(1,))
     times = at_once.milliseconds(options)
     assert len(times) == 3
     assert min(times.values()) > 0

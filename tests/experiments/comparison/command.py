@@ -10,6 +10,7 @@ from experiments.comparison import capacity
 from experiments.comparison.replicas import Replicas
 from experiments.config.hyperparameters import STRUCTURAL
 from tests.experiments.script import call
+from tests.experiments.small import patch_mlp
 
 SMALL = ["--train-examples", 96, "--seeds", 2, "--label-noise", 0.3]
 _programs = {}
@@ -39,4 +40,5 @@ def quickly():
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setattr(capacity, "Replicas", made_once)
+        patch_mlp(patch)
         yield

@@ -20,6 +20,8 @@ from experiments.run.experiment import experiment_of
 from experiments.step.feeds import advance
 from experiments.step.layout import layout_of
 
+with_small_mlp = pytest.mark.usefixtures("small_mlp")
+
 
 def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
@@ -95,22 +97,19 @@ def check(runs, curves, tests):
         assert test.tolist() == expected_test
 
 
-# Each has a state, a key or a decision of its own, which replicas must not share.
-# With keys and a mask, and with a state.
-OWN = ["sparse-dynamic", "look"]
-
-
+@with_small_mlp
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["sgd", *OWN])
+@pytest.mark.parametrize("method", ["sgd", "tilted", "look"])
 def test_two_replicas_are_the_two_separate_runs(method):
-    few = {"sparse": {"update_every": 2}, "tilted": {"num_samples": 2}}.get(method[:6], {})
-    runs = configs(method=method, **few)
+    """Also the keys and the state of a method are a replica's own."""
+    runs = configs(method=method, **({"num_samples": 2} if method == "tilted" else {}))
     curves, tests = together(runs)
     assert (abs(curves[0] - curves[1]) > 1e-4).any()
     # A separate run is another program: for most methods, the second run stands for both.
     check(runs if method == "sgd" else runs[1:], curves, tests)
 
 
+@with_small_mlp
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
@@ -143,12 +142,13 @@ def test_convolutions_of_replicas_at_once_are_products_on_all_devices(monkeypatc
         Replicas(experiment, 2)
 
 
-@pytest.mark.parametrize("model", ["mlp", slow("cnn")])
-def test_one_on_each_device(model):
-    runs = configs(model=model, method="bisam-log")
+@with_small_mlp
+def test_one_on_each_device():
+    runs = configs(method="bisam-log")
     check(runs[1:], *together(runs, at_once=False, devices=jax.devices()[:2]))
 
 
+@with_small_mlp
 def test_replicas_over_devices_in_short_launches_and_places_that_are_filled_up(monkeypatch):
     runs = configs(method="bisam-log")
     with monkeypatch.context() as patch:
@@ -238,7 +238,7 @@ def test_the_step_depends_on_every_hyperparameter_of_a_replica(method):
     assert set(re.findall(r"""loc\("values\['(\w+)'\]""", text)) == set(names)
 
 
-@pytest.mark.parametrize("method", ["bisam-tanh", slow("gsam"), slow("tilted")])
+@pytest.mark.parametrize("method", ["bisam-tanh", slow("gsam")])
 def test_every_replica_has_its_own_hyperparameters(method):
     names, recipes = recipes_of(method)
     experiment = experiment_of(recipes[0], dataset_of(0), layout_of(recipes[0], Place(devices=1)))

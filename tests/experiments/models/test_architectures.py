@@ -114,8 +114,10 @@ def test_number_of_parameters_on_imagenet(name, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "width"), [("vit_tiny", 192), ("vit_small", 384)])
-@pytest.mark.parametrize(("size", "channels", "patch"), [(28, 1, 4), (64, 3, 16)])
+@pytest.mark.parametrize(
+    ("name", "width", "size", "channels", "patch"),
+    [("vit_tiny", 192, 28, 1, 4), ("vit_small", 384, 64, 3, 16)],
+)
 def test_number_of_parameters_of_transformers(name, width, size, channels, patch):
     def linear(n_in, n_out):
         return n_in * n_out + n_out

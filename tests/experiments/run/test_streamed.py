@@ -48,7 +48,6 @@ def test_a_run_learns_colors(options, folder, tmp_path):
     [
         pytest.param(STREAMED, 16, id="streamed"),
         pytest.param(STREAMED, 4, id="streamed, first epoch", marks=pytest.mark.slow),
-        pytest.param(IN_MEMORY, 18, id="in memory", marks=pytest.mark.slow),
     ],
 )
 def test_a_stopped_run_resumes_bit_for_bit(options, step, folder, tmp_path, stopped_at):
