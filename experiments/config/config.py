@@ -41,26 +41,36 @@ class Task:
     """The data, the network, and the steps of training."""
 
     dataset: str = "digits"
-    """digits; mnist1d; an image classification data set of TFDS, such as cifar10; or the path of a
-    folder, prepared by TFDS or with a subfolder of images per class."""
+    """digits; mnist1d; a data set of TFDS that has images or texts and one label, such as cifar10
+    or ag_news_subset; or the path of a folder, prepared by TFDS or with a subfolder of images per
+    class."""
     data_dir: OrDefault[Path] = None
     """The folder that TFDS prepared the data set in (default: TFDS's own)."""
     train_examples: OrDefault[int] = None
     """Number of training examples (default: all but the validation part)."""
     image_size: OrDefault[int] = None
     """Height and width of streamed images (default: 224 if sizes vary)."""
+    max_length: OrDefault[int] = None
+    """Number of tokens that are kept of a text (default: 128)."""
+    tokenizer: OrDefault[str] = None
+    """How texts become tokens: subword, fitted on the training texts; bytes; or the path of an
+    earlier run's tokenizer.json (default: subword)."""
+    vocabulary_size: OrDefault[int] = None
+    """Largest number of subwords (default: 8192)."""
     model: Annotated[
         str | None,
         tyro.conf.arg(
             help=f"The network: {', '.join(ARCHITECTURES)}; or MODULE:FACTORY for a model of your "
-            "own (default: mlp for digits, cnn1d for mnist1d, else resnet20).",
+            "own (default: mlp for digits, cnn1d for mnist1d, text-transformer for known data "
+            "sets of texts, else resnet20).",
             help_behavior_hint=preset_value,
         ),
     ] = None
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the model's arithmetic. Parameters and statistics are always float32."""
-    base: Literal["sgd", "adamw"] = "sgd"
-    """The base optimizer, with a cosine schedule to zero."""
+    base: OrDefault[Literal["sgd", "adamw", "lion", "muon"]] = None
+    """The base optimizer, with a cosine schedule to zero (default: adamw for transformers and
+    text-bag, else sgd). All but sgd decay only matrices that are no embeddings."""
     label_smoothing: float = 0.1
     """Share of each label that the training loss spreads over the other classes."""
 
@@ -86,7 +96,8 @@ class Task:
     def source(self, seed: int) -> Source:
         """Returns the request for the data set, with the seed of the label noise."""
         which = (self.dataset, self.train_examples, self.label_noise, seed, self.image_size)
-        return Source(*which, data_dir=self.data_dir, workers=self.workers)
+        texts = (self.max_length, self.tokenizer, self.vocabulary_size)
+        return Source(*which, self.data_dir, self.workers, *texts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +162,8 @@ class Config(Place, Perturbing, Hyperparameters, Task):
 
 _RANGES = {
     **dict.fromkeys(("epochs", "train_examples", "image_size", "every", "group_size"), Range(1)),
-    **dict.fromkeys(("microbatch_size", "batch_size"), Range(2)),
+    **dict.fromkeys(("microbatch_size", "batch_size", "max_length"), Range(2)),
+    "vocabulary_size": Range(258, 2**31 - 1),
     **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "devices", "fsdp"), Range(1)),
     **dict.fromkeys(("crop_padding", "workers", "start_step"), Range(0)),
     **dict.fromkeys(("label_noise", "label_smoothing", "cutout"), Range(0, 1)),

@@ -81,6 +81,9 @@ HYPERPARAMETERS = {
         "radius of the attack on the images, in units of 1/255", _FROM_ZERO
     ),
     "learning_rate": Hyperparameter("learning rate before decay", _FROM_ZERO),
+    "warmup": _structural(
+        "share of the steps in which the learning rate grows from zero", Range(0, 1, below=True)
+    ),
     "momentum": Hyperparameter("momentum of sgd", _FROM_ZERO),
     "weight_decay": Hyperparameter("weight decay in the base optimizer", _FROM_ZERO),
 }

@@ -136,7 +136,9 @@ PERTURBATIONS: dict[str, dict[str, float]] = {
 }
 BASE_OPTIMIZERS: dict[str, dict[str, float]] = {
     "sgd": {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 5e-4},
-    "adamw": {"learning_rate": 2e-3, "weight_decay": 1e-2},
+    "adamw": {"learning_rate": 2e-3, "weight_decay": 1e-2, "warmup": 0.05},
+    "lion": {"learning_rate": 2e-4, "weight_decay": 1e-1, "warmup": 0.05},
+    "muon": {"learning_rate": 2e-3, "weight_decay": 1e-2, "warmup": 0.05},
 }
 
 

@@ -9,6 +9,7 @@ from experiments.config.config import Config, option_of
 from experiments.config.hyperparameters import HYPERPARAMETERS
 from experiments.config.methods import BASE_OPTIMIZERS, METHODS, PERTURBATIONS, MethodSpec
 from experiments.data import dataset_spec
+from experiments.models import architecture
 from experiments.system.command_line import ArgumentError
 
 T = TypeVar("T")
@@ -113,16 +114,18 @@ def resolve(config: Config) -> Recipe:
             f"--perturbation {perturbation} has no meaning for --method {config.method}: nothing "
             "is ascended"
         )
+    model = _given(config.model, usual.model)
+    base = _given(config.base, architecture(model).base)
     batch_size = _given(config.batch_size, usual.batch_size)
     recipe = Recipe(
         dataset=config.dataset,
         label_noise=config.label_noise,
-        model=_given(config.model, usual.model),
+        model=model,
         precision=config.precision,
-        base=config.base,
+        base=base,
         method=config.method,
         perturbation=perturbation,
-        hyperparameters=_hyperparameters(config, perturbation),
+        hyperparameters=_hyperparameters(config, perturbation, base),
         label_smoothing=config.label_smoothing,
         crop_padding=_given(config.crop_padding, usual.crop_padding),
         flip=_given(config.flip, usual.flip),
@@ -138,24 +141,24 @@ def resolve(config: Config) -> Recipe:
     )
     _check_perturbed(recipe)
     _check_sizes(recipe)
-    if usual.white is None:
-        _check_signals(recipe)
+    if usual.kind != "images":
+        _check_no_images(recipe, usual.kind)
     return recipe
 
 
-def _hyperparameters(config: Config, perturbation: str) -> dict[str, float]:
+def _hyperparameters(config: Config, perturbation: str, base: str) -> dict[str, float]:
     """Returns the hyperparameters that have a meaning: given values, or defaults.
 
     Raises:
         ArgumentError: if a value is given for another one.
     """
     defaults = METHODS[config.method].defaults
-    defaults |= PERTURBATIONS[perturbation] | BASE_OPTIMIZERS[config.base]
+    defaults |= PERTURBATIONS[perturbation] | BASE_OPTIMIZERS[base]
     for name in HYPERPARAMETERS:
         if getattr(config, name) is not None and name not in defaults:
             raise ArgumentError(
                 f"{option_of(name)} has no meaning for --method {config.method}, --perturbation "
-                f"{perturbation}, --base {config.base}, which take "
+                f"{perturbation}, --base {base}, which take "
                 f"{', '.join(map(option_of, defaults))}"
             )
     return {
@@ -186,7 +189,8 @@ def differences(config: Config) -> list[tuple[str, str, str]]:
     followed = ("dataset", "method", "base", "batch_size")  # by the defaults of others
     usual = Config(**{name: getattr(config, name) for name in followed})
     values, defaults = (filled_in(c, resolve(c)) for c in (config, usual))
-    first = {name: getattr(Config(), name) for name in followed[:3]}
+    first = {name: getattr(Config(), name) for name in ("dataset", "method")}
+    first["base"] = architecture(values.model or "").base
     first["batch_size"] = dataset_spec(config.dataset).batch_size
     return [
         (option_of(field.name), str(value), "-" if default is None else str(default))
@@ -211,16 +215,16 @@ def _check_perturbed(recipe: Recipe) -> None:
             )
 
 
-def _check_signals(recipe: Recipe) -> None:
+def _check_no_images(recipe: Recipe, kind: str) -> None:
     """Refuses what is only for images."""
     if recipe.method_spec.attack:
         raise ArgumentError(
-            f"--method {recipe.method} attacks pixels, and {recipe.dataset} has signals, not images"
+            f"--method {recipe.method} attacks pixels, and {recipe.dataset} has {kind}, not images"
         )
     for name in ("crop_padding", "flip", "cutout"):
         if getattr(recipe, name):
             raise ArgumentError(
-                f"{option_of(name)} has no meaning for {recipe.dataset}, which has signals, not "
+                f"{option_of(name)} has no meaning for {recipe.dataset}, which has {kind}, not "
                 "images"
             )
 

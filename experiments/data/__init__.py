@@ -1,4 +1,4 @@
-"""Data sets: three parts of images and labels, in memory or streamed.
+"""Data sets: three parts of images, signals or texts, and labels, in memory or streamed.
 
 Nothing here knows models, methods or devices. `DATASETS` is the only list of data sets. The name of
 a data set from elsewhere is the path of its folder.
@@ -20,7 +20,7 @@ from experiments.data.prepared import is_path as is_path
 from experiments.data.splits import DatasetError as DatasetError
 from experiments.data.splits import Split as Split
 from experiments.data.stream import Stream as Stream
-from experiments.data.tfds_images import tfds_images
+from experiments.data.tfds_prepared import tfds_prepared
 
 
 class DatasetSpec(NamedTuple):
@@ -35,10 +35,11 @@ class DatasetSpec(NamedTuple):
         flip: whether half of the images are mirrored. Digits are not: a mirrored digit is wrong.
         cutout: share of the images that lose a square.
         checkpoint_epochs: epochs between checkpoints.
-        white: largest value of a pixel; None if the examples are not images.
+        white: largest value of a pixel.
+        kind: what an example is, in the plural: "images", "signals" or "texts".
     """
 
-    load: Callable[[Source], Dataset] = tfds_images
+    load: Callable[[Source], Dataset] = tfds_prepared
     model: str = "resnet20"
     epochs: int = 200
     batch_size: int = 128
@@ -46,19 +47,28 @@ class DatasetSpec(NamedTuple):
     flip: bool = True
     cutout: float = 0.0
     checkpoint_epochs: int = 1
-    white: int | None = 255
+    white: int = 255
+    kind: str = "images"
 
 
+_TEXTS = DatasetSpec(model="text-transformer", epochs=20, batch_size=32, flip=False, kind="texts")
 DATASETS = {
     "digits": DatasetSpec(
         digits, model="mlp", epochs=50, batch_size=32, flip=False, checkpoint_epochs=10, white=16
     ),
-    "mnist1d": DatasetSpec(mnist1d, model="cnn1d", flip=False, checkpoint_epochs=10, white=None),
+    "mnist1d": DatasetSpec(
+        mnist1d, model="cnn1d", flip=False, checkpoint_epochs=10, kind="signals"
+    ),
     "mnist": DatasetSpec(crop_padding=2, flip=False),
     "svhn_cropped": DatasetSpec(crop_padding=4, flip=False),
     "fashion_mnist": DatasetSpec(crop_padding=2),
     "cifar10": DatasetSpec(crop_padding=4),
     "cifar100": DatasetSpec(crop_padding=4),
+    "ag_news_subset": _TEXTS,
+    "glue": _TEXTS,
+    "imdb_reviews": _TEXTS,
+    "newsgroups_20": _TEXTS,
+    "reuters_r8": _TEXTS,
 }
 
 
@@ -73,7 +83,7 @@ def dataset_spec(name: str) -> DatasetSpec:
     spec = DATASETS.get(base_name(name), DatasetSpec())
     if not is_path(name):
         return spec
-    return spec._replace(load=tfds_images if is_prepared(Path(name)) else image_folder)
+    return spec._replace(load=tfds_prepared if is_prepared(Path(name)) else image_folder)
 
 
 def white_of(name: str) -> int:
@@ -82,10 +92,10 @@ def white_of(name: str) -> int:
     Raises:
         DatasetError: if the examples are not images.
     """
-    white = dataset_spec(name).white
-    if white is None:
-        raise DatasetError(f"{name} has signals, not images: there are no pixels to attack")
-    return white
+    spec = dataset_spec(name)
+    if spec.kind != "images":
+        raise DatasetError(f"{name} has {spec.kind}, not images: there are no pixels to attack")
+    return spec.white
 
 
 def base_name(name: str) -> str:
@@ -102,4 +112,8 @@ def load(source: Source) -> Dataset:
     Raises:
         DatasetError: if it is not there, or cannot be used as requested.
     """
-    return dataset_spec(source.name).load(source)
+    loaded = dataset_spec(source.name).load(source)
+    for name in ("max_length", "tokenizer", "vocabulary_size"):
+        if not loaded.vocabulary and getattr(source, name) is not None:
+            raise DatasetError(f"{name} has no meaning for {source.name}, which has no texts")
+    return loaded

@@ -21,7 +21,8 @@ def dataset_from_arrays(
 
     Args:
         source: the request.
-        images: uint8 or float32[examples, height, width, channels].
+        images: uint8 or float32[examples, height, width, channels], or tokens:
+            int[examples, length].
         labels: int[examples].
         classes: number of classes; labels are 0 to `classes - 1`.
         validation: number of examples that choose the checkpoint.
@@ -33,7 +34,7 @@ def dataset_from_arrays(
     Raises:
         DatasetError: if another image size, or more training examples, are requested.
     """
-    height, width, channels = images.shape[1:]
+    height, width = images.shape[1:3] if images.ndim == 4 else (0, 0)
     if source.image_size is not None and (height, width) != (source.image_size,) * 2:
         allowed = f"must be {height}" if height == width else "must be left out"
         raise DatasetError(
@@ -43,10 +44,10 @@ def dataset_from_arrays(
     labels = labels.astype(np.int32)
     everything = np.arange(len(labels))
     if isinstance(test, int):
-        rest, test_indices = _stratified(everything, labels, test)
+        rest, test_indices = stratified(everything, labels, test)
     else:
         rest, test_indices = np.setdiff1d(everything, test), test
-    train_indices, validation_indices = _stratified(rest, labels, validation)
+    train_indices, validation_indices = stratified(rest, labels, validation)
     train_rng, validation_rng = np.random.default_rng(source.seed).spawn(2)
 
     def noisy(indices: np.ndarray, rng: np.random.Generator) -> Split:
@@ -61,16 +62,17 @@ def dataset_from_arrays(
         noisy(validation_indices, validation_rng),
         Split(images[test_indices], labels[test_indices]),
         classes,
-        (height, width, channels),
+        images.shape[1:],
         mean,
         std,
         source.name,
     )
 
 
-def _stratified(
+def stratified(
     indices: np.ndarray, labels: np.ndarray, held_out: int
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Splits indices in two, the second of `held_out` examples with all classes' shares."""
     # Imported here because it takes 1 s, also in each worker of a stream.
     from sklearn.model_selection import train_test_split
 

@@ -22,6 +22,10 @@ class Source:
         image_size: height and width in pixels; None for the stored size, or 224 if sizes vary.
         data_dir: where TFDS prepared the data set; None for TFDS's own folder.
         workers: processes that decode streamed images; None for one per CPU, at most 16.
+        max_length: number of tokens that are kept of a text, with the one before it; None for 128.
+        tokenizer: "subword", "bytes" or the path of a tokenizer: see
+            :func:`experiments.data.tokens.tokens_for`; None for "subword".
+        vocabulary_size: largest number of subwords; None for 8,192.
     """
 
     name: str
@@ -31,6 +35,9 @@ class Source:
     image_size: int | None = None
     data_dir: Path | None = None
     workers: int | None = None
+    max_length: int | None = None
+    tokenizer: str | None = None
+    vocabulary_size: int | None = None
 
 
 class Part(Protocol):
@@ -64,20 +71,25 @@ class Dataset(NamedTuple):
         validation: the part that chooses the checkpoint.
         test: the part that is reported.
         classes: number of classes; labels are 0 to `classes - 1`.
-        image_shape: height, width and channels of the images that reach the model.
-        mean: float32[channels], mean of the pixels, in the units of the images.
-        std: float32[channels], their standard deviation, in the same units.
+        image_shape: height, width and channels of the images that reach the model; the number of
+            tokens of a text.
+        mean: float32[channels], mean of the pixels, in the units of the images; empty for texts.
+        std: float32[channels], their standard deviation, in the same units; empty for texts.
         name: the requested name.
+        vocabulary: number of different tokens; 0 if the examples are not texts.
+        tokenizer: what made the tokens: see :class:`experiments.data.tokens.Tokens`.
     """
 
     train: Part
     validation: Part
     test: Part
     classes: int
-    image_shape: tuple[int, int, int]
+    image_shape: tuple[int, ...]
     mean: np.ndarray
     std: np.ndarray
     name: str
+    vocabulary: int = 0
+    tokenizer: str = ""
 
     @property
     def fingerprint(self) -> str:

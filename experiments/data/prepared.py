@@ -45,6 +45,59 @@ def open_builder(name: str, data_dir: str | os.PathLike[str] | None = None) -> A
     return builder
 
 
+def key_of(info: Any, kind: type, *preferred: Any) -> str:
+    """Returns the key of the only feature of a kind, or of a preferred one.
+
+    Raises:
+        DatasetError: if there is none, or if there are several.
+    """
+    keys = sorted(key for key, value in info.features.items() if isinstance(value, kind))
+    for key in preferred:
+        if key in keys:
+            return key
+    if len(keys) != 1:
+        raise DatasetError(
+            f"{info.full_name} is no data set to classify: it should have one {kind.__name__}, but "
+            f"has {keys} in {info.features}"
+        )
+    return keys[0]
+
+
+def train_and_test(builder: Any, label_key: str) -> tuple[Any, Any]:
+    """Returns TFDS's data sources of the training and the test part. Images are not decoded.
+
+    The test part is TFDS's `test`, or `validation` if `test` is missing or has no labels.
+
+    Raises:
+        DatasetError: if a part is missing or cannot be read.
+    """
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    images = [key for key in features if isinstance(features[key], tfds.features.Image)]
+    skip = {key: tfds.decode.SkipDecoding() for key in images}
+
+    def source(split: str) -> Any:
+        return builder.as_data_source(split, decoders=skip, file_format="array_record")
+
+    def first_label(split: str) -> int:
+        try:
+            return source(split)[0][label_key]
+        except Exception as error:
+            raise DatasetError(f"{builder.data_dir} cannot be read: {error}") from error
+
+    splits = builder.info.splits
+    if "train" in splits:
+        for name in ("test", "validation"):
+            # In ImageNet's test split the labels are -1.
+            if name in splits and first_label(name) >= 0:
+                return source("train"), source(name)
+    raise DatasetError(
+        f"{builder.info.full_name} should have the split train, and test or validation with "
+        f"labels, but has {', '.join(splits)}"
+    )
+
+
 def is_path(name: str) -> bool:
     """Returns whether the name of a data set is the path of a folder."""
     return name.startswith((".", "/", "~")) or ("/" in name and Path(name).is_dir())

@@ -17,7 +17,8 @@ class Split(NamedTuple):
     """Images and labels in memory: NumPy arrays, or JAX arrays once they are on devices.
 
     Attributes:
-        images: uint8[examples, height, width, channels]; float32 for signals.
+        images: uint8[examples, height, width, channels]; float32 for signals; tokens of texts:
+            uint16 or int32[examples, length].
         labels: int32[examples].
     """
 

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import optax
 
 import bisam_jax
-from experiments import models
-from experiments.run.experiment import Experiment
+from experiments.run.experiment import Experiment, model_of
 from experiments.step import augmentation
 from experiments.step.train_step import cross_entropy
 
@@ -68,9 +67,7 @@ def make_strength(
         losses: see :func:`ascended_losses`.
     """
     recipe, dataset = experiment.recipe, experiment.dataset
-    _, apply = models.build(
-        recipe.model, dataset.image_shape, dataset.classes, dtype=jnp.dtype(recipe.precision)
-    )
+    _, apply = model_of(recipe, dataset)
 
     def strength(
         params: Any, stats: Any, images: jax.Array, labels: jax.Array, radii: jax.Array

@@ -21,6 +21,7 @@ from experiments.models.convolution import convolve
 from experiments.models.densenet import DenseNet
 from experiments.models.mlp import MLP
 from experiments.models.resnet import ResNet
+from experiments.models.text import TextBag, TextTransformer
 from experiments.models.vgg import VGG
 from experiments.models.vit import ViT
 from experiments.models.wide_resnet import WideResNet
@@ -34,13 +35,18 @@ class Architecture(NamedTuple):
     """A model's class, and what the training loop must know about it.
 
     Attributes:
-        module: the class, called with the image shape and the number of classes.
+        module: the class, called with the image shape and the number of classes; for texts also
+            with the size of the vocabulary.
         weighs_more_than_batches: whether the parameters take more bytes than a batch's
             activations.
+        reads_texts: whether its inputs are tokens; None if they may be.
+        base: the usual base optimizer.
     """
 
     module: Callable[..., nnx.Module]
     weighs_more_than_batches: bool = False
+    reads_texts: bool | None = False
+    base: str = "sgd"
 
 
 ARCHITECTURES = {
@@ -59,8 +65,15 @@ ARCHITECTURES = {
     "resnet18": Architecture(partial(ResNet, blocks=(2, 2, 2, 2), bottleneck=False)),
     "resnet50": Architecture(partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True)),
     # Patches are embedded by a linear map.
-    "vit_tiny": Architecture(partial(ViT, width=192, heads=3)),
-    "vit_small": Architecture(partial(ViT, width=384, heads=6)),
+    "vit_tiny": Architecture(partial(ViT, width=192, heads=3), base="adamw"),
+    "vit_small": Architecture(partial(ViT, width=384, heads=6), base="adamw"),
+    "text-bag": Architecture(TextBag, reads_texts=True, base="adamw"),
+    "text-transformer": Architecture(
+        partial(TextTransformer, width=128, heads=4, depth=2), reads_texts=True, base="adamw"
+    ),
+    "text-transformer-small": Architecture(
+        partial(TextTransformer, width=256, heads=8, depth=4), reads_texts=True, base="adamw"
+    ),
 }
 
 
@@ -92,7 +105,7 @@ def architecture(name: str) -> Architecture:
         ) from error
     if not callable(found):
         raise ValueError(f"model {name!r} must be a function or a class, got {found!r}")
-    return Architecture(cast(Any, found))
+    return Architecture(cast(Any, found), reads_texts=None)
 
 
 def build(

@@ -11,45 +11,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from experiments.models.layers import Dropout, check_image_shape, module_list
+from experiments.models.transformer import INIT, TransformerBlock, layer_norm, linear
 
-# DeiT truncates at 2, which is 100 standard deviations: nothing is cut.
-INIT = nnx.initializers.normal(0.02)
 # PyTorch's default for a convolution, which DeiT keeps for the patch embedding.
 PATCH_INIT = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def linear(n_in: int, n_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(n_in, n_out, kernel_init=INIT, dtype=dtype, rngs=rngs)
-
-
-def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """Makes a float32 layer normalization. The linear layer after it casts to its own dtype."""
-    return nnx.LayerNorm(width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
-
-
-class TransformerBlock(nnx.Module):
-    """Self-attention and a perceptron of ratio 4, each after a layer normalization."""
-
-    def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
-        self.heads = heads
-        self.norm_1 = layer_norm(width, rngs=rngs)
-        self.query_key_value = linear(width, 3 * width, dtype=dtype, rngs=rngs)
-        self.projection = linear(width, width, dtype=dtype, rngs=rngs)
-        self.norm_2 = layer_norm(width, rngs=rngs)
-        self.widen = linear(width, 4 * width, dtype=dtype, rngs=rngs)
-        self.narrow = linear(4 * width, width, dtype=dtype, rngs=rngs)
-
-    def attention(self, x: jax.Array) -> jax.Array:
-        """Mixes tokens, each with all others: [batch, tokens, width] to the same shape."""
-        batch, tokens, width = x.shape
-        qkv = self.query_key_value(x).reshape(batch, tokens, 3, self.heads, width // self.heads)
-        mixed = jax.nn.dot_product_attention(qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2])
-        return self.projection(mixed.reshape(x.shape))
-
-    def __call__(self, x: jax.Array, dropout: Dropout) -> jax.Array:
-        x = x + dropout(self.attention(self.norm_1(x)))
-        y = dropout(nnx.gelu(self.widen(self.norm_2(x)), approximate=False))
-        return x + dropout(self.narrow(y))
 
 
 class ViT(nnx.Module):

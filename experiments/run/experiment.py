@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments import data, models
+from experiments.config.config import option_of
 from experiments.config.methods import ATTACK_STEPS
 from experiments.config.recipe import Recipe
 from experiments.step import attack, augmentation, evaluation, train_step
@@ -98,7 +99,10 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
             f"--batch-size must be at most the {dataset.train.examples} training examples, "
             f"got {recipe.batch_size}"
         )
-    init, apply = _model(recipe, dataset, layout)
+    # Groups have their own statistics.
+    synchronised = not recipe.in_groups and recipe.batch_statistics == "synchronised"
+    init, apply = model_of(recipe, dataset, layout.axis_name if synchronised else None)
+    _check_kind(recipe, dataset)
     if recipe.group_size == 1 and jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))[1]):
         raise ArgumentError(
             f"--group-size must be at least 2 for {recipe.model}: its batch normalization has no "
@@ -147,28 +151,52 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
     )
 
 
-def _model(
-    recipe: Recipe, dataset: data.Dataset, layout: Layout
+def model_of(
+    recipe: Recipe, dataset: data.Dataset, axis_name: str | None = None
 ) -> tuple[models.Init, models.Apply]:
-    # Groups have their own statistics.
-    synchronised = recipe.batch_statistics == "synchronised" and not recipe.in_groups
+    """Returns the pure functions of the recipe's model. See :func:`experiments.models.build`.
+
+    Raises:
+        ArgumentError: if the model cannot take the examples.
+    """
+    reads_texts = models.architecture(recipe.model).reads_texts
+    if reads_texts not in (None, bool(dataset.vocabulary)):
+        known = [n for n, a in models.ARCHITECTURES.items() if a.reads_texts != reads_texts]
+        raise ArgumentError(
+            f"--model {recipe.model} reads {'texts' if reads_texts else 'images'}, which "
+            f"{recipe.dataset} has not: use {', '.join(known)}"
+        )
+    options = {"vocabulary": dataset.vocabulary} if dataset.vocabulary else {}
     try:
         return models.build(
             recipe.model,
             dataset.image_shape,
             dataset.classes,
             dtype=jnp.dtype(recipe.precision),
-            axis_name=layout.axis_name if synchronised else None,
+            axis_name=axis_name,
+            **options,
         )
     except ValueError as error:
         raise ArgumentError(f"--model {recipe.model}: {error}") from error
+
+
+def _check_kind(recipe: Recipe, dataset: data.Dataset) -> None:
+    """Refuses to augment texts. (Those of known data sets are refused before they are read.)"""
+    for name in ("crop_padding", "flip", "cutout"):
+        if dataset.vocabulary and getattr(recipe, name):
+            off = "--no-flip" if name == "flip" else f"{option_of(name)} 0"
+            raise ArgumentError(
+                f"{option_of(name)} has no meaning for {recipe.dataset}, which has texts: add {off}"
+            )
 
 
 def _method_of(
     recipe: Recipe, dataset: data.Dataset, layout: Layout, total_steps: int
 ) -> Callable[[Any, jax.Array | int], BuiltMethod]:
     """Returns the method as a function of its hyperparameters and its key."""
-    images: Any = jax.ShapeDtypeStruct((recipe.batch_size, *dataset.image_shape), jnp.float32)
+    # Images are normalized. Tokens stay what they are, in memory.
+    dtype = next(dataset.train.sample()).dtype if dataset.vocabulary else jnp.float32
+    images: Any = jax.ShapeDtypeStruct((recipe.batch_size, *dataset.image_shape), dtype)
     integers: Any = jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32)
 
     def method_of(values: Any, key: jax.Array | int) -> BuiltMethod:

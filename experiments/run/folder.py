@@ -4,6 +4,7 @@ config.json     all options with their values, written first
 metrics.csv     one line per epoch, appended during training
 tensorboard/    the same numbers as event files
 checkpoints/    the latest checkpoints and that of the best epoch (orbax)
+tokenizer.json  what made the tokens, if the examples are texts
 curves.png      losses, validation accuracy and learning rate, drawn at the end
 summary.json    status, progress, test accuracy; written last, also after an interruption
 """
@@ -32,6 +33,9 @@ COLUMNS: tuple[str, ...] = (
     "learning_rate",
     "rho",
 )
+
+
+TOKENIZER = "tokenizer.json"
 
 
 class RunFolder:
@@ -82,6 +86,10 @@ class RunFolder:
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Writes `name` as indented JSON, whole or not at all."""
         self._write(name, json.dumps(content, indent=2) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
+        """Writes `name`, whole or not at all."""
+        self._write(name, text)
 
     def start_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Rewrites metrics.csv and the event files with the epochs of a checkpoint.

@@ -47,7 +47,7 @@ def restore(folder: Path, step: int | None = None, **changed: Any) -> Restored:
     path = RunFolder(folder).checkpoints
     if not path.is_dir():
         raise ArgumentError(f"{folder} has no checkpoints: the run stopped before the first one")
-    experiment = experiment_from(config)
+    experiment = experiment_from(config, folder)
     with contextlib.closing(Checkpoints(path, keep=None)) as checkpoints:
         known = checkpoints.steps()
         chosen = checkpoints.best_step() if step is None else step

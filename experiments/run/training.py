@@ -11,7 +11,7 @@ from experiments import data
 from experiments.config.config import Config
 from experiments.config.recipe import Recipe, differences, filled_in, resolve
 from experiments.run.experiment import Experiment, experiment_of
-from experiments.run.folder import RunFolder, as_json
+from experiments.run.folder import TOKENIZER, RunFolder, as_json
 from experiments.run.loop import NonFiniteLossError, Run
 from experiments.step.layout import layout_of
 from experiments.system import files, processes
@@ -49,11 +49,13 @@ def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
             stack.enter_context(processes.last_words(_last_words(resume or config.output)))
         run = None
         try:
-            experiment = experiment_from(config)
+            experiment = experiment_from(config, resume)
             every = config.checkpoint_every or _usual_interval(experiment)
             output = config.output or _new_folder(experiment.recipe)
             asked, config = config, _with_defaults(config, experiment.recipe, every, output)
             folder = stack.enter_context(contextlib.closing(_open(output, config, resume)))
+            if content := experiment.dataset.tokenizer:
+                folder.write_text(TOKENIZER, content)
             print(_in_words(asked, experiment, output))
             run = Run(experiment, folder, every, config.keep_checkpoints)
             stack.enter_context(contextlib.closing(run))
@@ -69,8 +71,12 @@ def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
             raise
 
 
-def experiment_from(config: Config) -> Experiment:
+def experiment_from(config: Config, folder: Path | None = None) -> Experiment:
     """Loads the data and builds the experiment that the options describe.
+
+    Args:
+        config: the options.
+        folder: the folder of the run, whose tokenizer is used; None for a new run.
 
     Raises:
         ArgumentError: if the options contradict each other, the data or the devices.
@@ -79,6 +85,9 @@ def experiment_from(config: Config) -> Experiment:
     recipe = resolve(config)
     layout = layout_of(recipe, config)
     source = config.source(config.seed)
+    if folder is not None and (folder / TOKENIZER).is_file():
+        tokenizer = str(folder / TOKENIZER)
+        source = dataclasses.replace(source, tokenizer=tokenizer, vocabulary_size=None)
     dataset = processes.agreed(lambda: data.load(source), lambda loaded: loaded.fingerprint, "data")
     return experiment_of(recipe, dataset, layout)
 

@@ -6,6 +6,7 @@ devices. A batch of 128 color images of 32x32 takes 0.4 ms on two CPU cores.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def random_crop(key: jax.Array, images: jax.Array, padding: int) -> jax.Array:
@@ -37,7 +38,12 @@ def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 def normalise(
     images: jax.Array, mean: jax.typing.ArrayLike, std: jax.typing.ArrayLike
 ) -> jax.Array:
-    """Returns `(images - mean) / std` in float32; `mean` and `std` have one number per channel."""
+    """Returns `(images - mean) / std` in float32; `mean` and `std` have one number per channel.
+
+    Tokens, which have neither, stay as they are.
+    """
+    if not np.size(mean):
+        return images
     mean, std = (jnp.asarray(x, jnp.float32).reshape(-1) for x in (mean, std))
     return (images.astype(jnp.float32) - mean) / std
 

@@ -9,9 +9,11 @@ import jax
 import optax
 
 import bisam_jax
-from experiments.config.methods import METHODS, PERTURBATIONS
+from experiments.config.methods import BASE_OPTIMIZERS, METHODS, PERTURBATIONS
 
 PerExampleLoss = Callable[[jax.Array, jax.Array], jax.Array]
+# Names of parameters: of tokens, of places, and of the class token.
+_NOT_DECAYED = ("embedding", "positions", "class_token")
 
 
 class BuiltMethod(NamedTuple):
@@ -30,26 +32,47 @@ class BuiltMethod(NamedTuple):
 
 
 def learning_rate(hyperparameters: Mapping[str, Any], total_steps: int) -> optax.Schedule:
-    """Returns the learning rate by step: a cosine from its first value to zero."""
-    return optax.cosine_decay_schedule(hyperparameters["learning_rate"], total_steps)
+    """Returns the learning rate by step: a cosine from its first value to zero.
+
+    With a warm-up, it first grows linearly from zero.
+    """
+    first = hyperparameters["learning_rate"]
+    if growing := round(hyperparameters.get("warmup", 0) * total_steps):
+        return optax.warmup_cosine_decay_schedule(0.0, first, growing, total_steps)
+    return optax.cosine_decay_schedule(first, total_steps)
 
 
 def base_optimizer(
     name: str, hyperparameters: Mapping[str, Any], total_steps: int
 ) -> optax.GradientTransformation:
-    """Returns the base optimizer with a cosine schedule to zero.
+    """Returns the base optimizer with its learning rate by step.
 
     Args:
         name: a key of `BASE_OPTIMIZERS`.
         hyperparameters: values by name, possibly traced.
         total_steps: length of the schedule.
     """
-    schedule = learning_rate(hyperparameters, total_steps)
-    if name == "adamw":
-        return optax.adamw(schedule, weight_decay=hyperparameters["weight_decay"])
-    return optax.chain(
-        optax.add_decayed_weights(hyperparameters["weight_decay"]),
-        optax.sgd(schedule, momentum=hyperparameters["momentum"]),
+    schedule, decay = learning_rate(hyperparameters, total_steps), hyperparameters["weight_decay"]
+    match name:
+        case "sgd":
+            return optax.chain(
+                optax.add_decayed_weights(decay),
+                optax.sgd(schedule, momentum=hyperparameters["momentum"]),
+            )
+        case "adamw":
+            return optax.adamw(schedule, weight_decay=decay, mask=are_decayed)
+        case "lion":
+            return optax.lion(schedule, weight_decay=decay, mask=are_decayed)
+        case "muon":
+            return optax.contrib.muon(schedule, weight_decay=decay, weight_decay_mask=are_decayed)
+    raise ValueError(f"base must be one of {', '.join(BASE_OPTIMIZERS)}, got {name!r}")
+
+
+def are_decayed(params: Any) -> Any:
+    """Returns which leaves transformers decay: kernels, but no biases, norms or embeddings."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.ndim > 1 and str(getattr(path[-1], "key", "")) not in _NOT_DECAYED,
+        params,
     )
 
 

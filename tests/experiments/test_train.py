@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2
 
-from experiments import compare, evaluate, train
+from experiments import evaluate, train
 from experiments.system import files
 from tests.experiments.script import call, start
 
@@ -43,17 +43,6 @@ def test_20_epochs_of_the_defaults_learn_the_digits(tmp_path, capsys, monkeypatc
     run_folder = folder.relative_to(tmp_path)
     assert out.splitlines()[-2].split() == ["curves", str(run_folder / "curves.png")]
     assert out.splitlines()[-1].endswith(f"tensorboard --logdir {run_folder / 'tensorboard'}")
-
-
-@pytest.mark.slow
-@pytest.mark.optimized
-def test_second_gradient_beats_label_noise(tmp_path):
-    args = ["--methods", "sgd", "bisam-log", "--rho", "1", "--label-noise", "0.4"]
-    args += ["--seeds", "2", "--epochs", "20", "--no-equal-gradients"]
-    args += ["--output", str(tmp_path / "new")]
-    compare.main(args)
-    rows = {row["method"]: row for row in files.read_csv(tmp_path / "new" / "summary.csv")}
-    assert float(rows["bisam-log"]["same_epochs_difference"]) > 0.05
 
 
 @with_small_mlp

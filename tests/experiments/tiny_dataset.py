@@ -98,3 +98,26 @@ def encoded(image: np.ndarray, encoding: str = "png") -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(buffer, encoding)
     return buffer.getvalue()
+
+
+def word(number: int) -> str:
+    """Returns a word that no other number has."""
+    first, second = divmod(number, 26)
+    return f"word{chr(97 + first)}{chr(97 + second)}"
+
+
+def write_texts(folder: Any, name: str = "texts", *, train: int = 40, test: int = 10) -> None:
+    """Prepares texts in two classes. Text `i` has its class's word, and `word(i)` ten times."""
+
+    def examples(numbers: range) -> list[dict[str, Any]]:
+        classes = ("good", "bad")
+        return [
+            {"text": " ".join([classes[n % 2], *[word(n)] * 10]), "label": n % 2} for n in numbers
+        ]
+
+    features = {
+        "text": tfds.features.Text(),
+        "label": tfds.features.ClassLabel(num_classes=2),
+    }
+    parts = {"train": examples(range(train)), "test": examples(range(train, train + test))}
+    build(folder, name, features, parts)

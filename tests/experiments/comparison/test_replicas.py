@@ -116,10 +116,9 @@ def test_two_replicas_are_the_two_separate_runs(method):
     [
         {"method": "gsam", "perturbation": "tanh", "base": "adamw"},
         {"method": "sam", "group_size": 8, "crop_padding": 1, "cutout": 0.5},
-        {"method": "bisam-log", "microbatch_size": 16, "flip": True},
         {"method": "gsam", "start_step": 2, "every": 3},
     ],
-    ids=["adamw", "groups", "microbatches", "now and then"],
+    ids=["adamw", "groups", "now and then"],
 )
 def test_whatever_is_trained(options):
     runs = configs(**options)

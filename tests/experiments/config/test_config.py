@@ -96,6 +96,7 @@ def test_ranges(range_, inside, outside):
 def test_the_data_are_requested_as_the_options_say():
     folder = Path("data")
     values = {"train_examples": 7, "label_noise": 0.2, "image_size": 9, "workers": 3}
+    values |= {"max_length": 11, "tokenizer": "bytes", "vocabulary_size": 300}
     source = Config(dataset="mnist", seed=1, data_dir=folder, **values).source(5)
     assert dataclasses.asdict(source) == {"name": "mnist", "seed": 5, "data_dir": folder} | values
 

@@ -25,7 +25,7 @@ def test_defaults_are_of_the_method_the_optimizer_and_the_data():
     assert (recipe.model, recipe.epochs, recipe.batch_size, recipe.flip) == ("mlp", 50, 32, False)
     assert (recipe.perturbation, recipe.group_size, recipe.microbatch_size) == ("tanh", 32, 32)
     plain = resolved(method="sgd", base="adamw")
-    assert plain.hyperparameters == {"learning_rate": 2e-3, "weight_decay": 1e-2}
+    assert plain.hyperparameters == {"learning_rate": 2e-3, "weight_decay": 1e-2, "warmup": 0.05}
     assert (plain.perturbation, plain.label) == ("ce", "sgd")
 
 

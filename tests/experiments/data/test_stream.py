@@ -12,6 +12,7 @@ import pytest
 
 from experiments import data
 from experiments.data import image_files
+from experiments.data.prepared import open_builder
 from experiments.data.tfds_images import tfds_images
 from tests.experiments import tiny_dataset
 
@@ -33,7 +34,9 @@ def load(folder, memory_limit=None, **options):
     return (
         data.load(source)
         if memory_limit is None
-        else tfds_images(source, memory_limit=memory_limit)
+        else tfds_images(
+            source, open_builder(source.name, source.data_dir), memory_limit=memory_limit
+        )
     )
 
 

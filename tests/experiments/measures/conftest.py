@@ -1,9 +1,8 @@
-import functools
-
 import jax
 import pytest
 
-from experiments import compare, models, train
+from experiments import compare, train
+from tests.experiments.small import patch_mlp
 
 # Small, but with everything: two methods, two radii, two seeds, wrong labels.
 TASK = ["--train-examples", "128", "--epochs", "2", "--label-noise", "0.2", "--rho"]
@@ -14,10 +13,8 @@ GRID = ["--methods", "sgd", "sam", "--seeds", "2", *TASK, "0.1", "0.5", "--no-eq
 def finished(tmp_path_factory):
     """A folder with the comparison "grid" and the runs "run0" and "run1", all finished."""
     folder = tmp_path_factory.mktemp("finished")
-    known = models.ARCHITECTURES["mlp"]
-    narrow = known._replace(module=functools.partial(models.MLP, width=16))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.ARCHITECTURES, "mlp", narrow)
+        patch_mlp(patch)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             compare.main([*GRID, "--output", str(folder / "grid")])
             for seed in ("0", "1"):

@@ -6,9 +6,8 @@ import re
 import pytest
 
 from experiments import strength
-from experiments.comparison.grid import Grid
 from experiments.measures.strength_report import by_radius, differences_of, write_strength_report
-from experiments.measures.strength_run import Measured, measured_along
+from experiments.measures.strength_run import Measured
 from experiments.system import files
 from tests.experiments.comparison.made_up import TASK
 from tests.experiments.script import call, refusal
@@ -59,18 +58,6 @@ def test_the_report(tmp_path):
     assert "```sh\nthe command\n```" in text
     assert len(files.read_csv(tmp_path / "strength.csv")) == 16
     assert "data:image/svg+xml" in (tmp_path / "report.html").read_text()
-
-
-@pytest.mark.slow
-def test_convolutional_networks_are_measured():
-    task = {"train_examples": 32, "batch_size": 16, "epochs": 1, "seeds": 2, "model": "cnn"}
-    grid = Grid(methods=("sgd",), **task)
-    measured = measured_along(grid, [0], (0.1,), (1.0,), (), 1)
-    assert [(m.seed, m.ascended) for m in measured] == [
-        (seed, name) for seed in (0, 1) for name in ("ce", "log, mu 1")
-    ]
-    first, _, second, _ = measured
-    assert first.loss_rise > 0 < second.loss_rise != first.loss_rise
 
 
 @pytest.mark.slow
