@@ -191,7 +191,7 @@ def _balanced_draw(grid: Sequence[tuple], count: int) -> list[int]:
     return drawn
 
 
-def _parts(values: tuple) -> list[tuple]:
+def _parts(values: Sequence[Any]) -> list[tuple]:
     """Returns the single values and the pairs of values of a combination, each with its places."""
     placed = list(enumerate(values))
     return [*itertools.combinations(placed, 1), *itertools.combinations(placed, 2)]
