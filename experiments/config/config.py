@@ -14,6 +14,9 @@ from experiments.data import Source
 from experiments.models import ARCHITECTURES, architecture
 from experiments.system.command_line import ArgumentError, OrDefault, preset_value
 
+# In the folder of a run on texts.
+TOKENIZER = "tokenizer.json"
+
 if TYPE_CHECKING:
     MethodName = str
 else:
@@ -66,6 +69,9 @@ class Task:
             help_behavior_hint=preset_value,
         ),
     ] = None
+    from_checkpoint: str = ""
+    """Folder of an earlier run. Start from the parameters of its best epoch, except the last
+    layer, and with its tokenizer (default: random parameters)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the model's arithmetic. Parameters and statistics are always float32."""
     base: OrDefault[Literal["sgd", "adamw", "lion", "muon"]] = None
@@ -96,7 +102,11 @@ class Task:
     def source(self, seed: int) -> Source:
         """Returns the request for the data set, with the seed of the label noise."""
         which = (self.dataset, self.train_examples, self.label_noise, seed, self.image_size)
-        texts = (self.max_length, self.tokenizer, self.vocabulary_size)
+        tokenizer = self.tokenizer
+        if tokenizer is None and self.from_checkpoint:
+            earlier = Path(self.from_checkpoint).expanduser() / TOKENIZER
+            tokenizer = str(earlier) if earlier.is_file() else None
+        texts = (self.max_length, tokenizer, self.vocabulary_size)
         return Source(*which, self.data_dir, self.workers, *texts)
 
 

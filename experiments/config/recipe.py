@@ -34,6 +34,7 @@ class Recipe:
     dataset: str
     label_noise: float
     model: str
+    from_checkpoint: str
     precision: str
     base: str
     method: str
@@ -121,6 +122,7 @@ def resolve(config: Config) -> Recipe:
         dataset=config.dataset,
         label_noise=config.label_noise,
         model=model,
+        from_checkpoint=config.from_checkpoint,
         precision=config.precision,
         base=base,
         method=config.method,

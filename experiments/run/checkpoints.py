@@ -1,6 +1,7 @@
 """Checkpoints of a run: everything needed to resume it bit for bit."""
 
 import gc
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import absl.logging
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -120,6 +122,30 @@ class Checkpoints:
             f"resume from an earlier one ({reason})"
         )
 
+    def parameters(self, step: int) -> dict[str, np.ndarray]:
+        """Returns the parameters at `step` by :func:`name_of`, of whatever network they are.
+
+        Raises:
+            CheckpointError: if the checkpoint is damaged.
+        """
+        self.wait()
+        items = {"state": ocp.args.StandardRestore(), "fingerprints": ocp.args.JsonRestore()}
+        try:
+            known = self._manager.restore(step, args=ocp.args.Composite(**items))
+            params = jax.device_get(known["state"]["params"])
+            sums = {name_of(path): sum_ for path, sum_ in known["fingerprints"].items()}
+            found = {
+                f"params.{name_of(path)}": sum_ for path, sum_ in _fingerprints(params).items()
+            }
+            if found.items() <= sums.items():
+                leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+                return {name_of(jax.tree_util.keystr(path)): leaf for path, leaf in leaves}
+            reason = "the arrays are not those that were saved"
+        except Exception as error:  # see restore
+            reason = _first_line(error)
+        _forget_failed_reads()
+        raise CheckpointError(f"the checkpoint {self.folder / str(step)} is damaged ({reason})")
+
     def wait(self) -> None:
         """Waits until everything is on disk."""
         self._manager.wait_until_finished()
@@ -127,6 +153,11 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until everything is on disk, and ends the background work."""
         self._manager.close()
+
+
+def name_of(path: str) -> str:
+    """Returns a path in a tree, as JAX writes it, in the form "blocks.0.kernel"."""
+    return ".".join(re.findall(r"\w+", path))
 
 
 def _accuracy(metrics: dict[str, float]) -> float:

@@ -12,6 +12,7 @@ from experiments import data, models
 from experiments.config.config import option_of
 from experiments.config.methods import ATTACK_STEPS
 from experiments.config.recipe import Recipe
+from experiments.run.starting import check_start, start_of, started
 from experiments.step import attack, augmentation, evaluation, train_step
 from experiments.step.feeds import Feed, feed_of
 from experiments.step.layout import Layout
@@ -90,7 +91,8 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
     """Builds an experiment.
 
     Raises:
-        ArgumentError: if the recipe does not fit the data.
+        ArgumentError: if the recipe does not fit the data, or the checkpoint to start from.
+        CheckpointError: if that checkpoint cannot be read.
         DatasetError: if images are to be attacked, and there are none.
     """
     steps_per_epoch = dataset.train.examples // recipe.batch_size
@@ -103,6 +105,9 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
     synchronised = not recipe.in_groups and recipe.batch_statistics == "synchronised"
     init, apply = model_of(recipe, dataset, layout.axis_name if synchronised else None)
     _check_kind(recipe, dataset)
+    start = start_of(recipe.from_checkpoint)
+    if start:
+        check_start(jax.eval_shape(init, jax.random.key(0))[0], start, recipe.model)
     if recipe.group_size == 1 and jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))[1]):
         raise ArgumentError(
             f"--group-size must be at least 2 for {recipe.model}: its batch normalization has no "
@@ -115,6 +120,7 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
         # Separate keys keep the draws for different purposes independent.
         init_key, method_key, key = jax.random.split(key, 3)
         params, stats = init(init_key)
+        params = started(params, start)
         return train_step.init_state(params, stats, method_of(values, method_key), key)
 
     def on_stored(step: train_step.Step) -> StepOnStored:

@@ -35,9 +35,6 @@ COLUMNS: tuple[str, ...] = (
 )
 
 
-TOKENIZER = "tokenizer.json"
-
-
 class RunFolder:
     """The files of one run, except its checkpoints. :meth:`create` makes a new one.
 

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 
 from experiments import data
-from experiments.config.config import Config
+from experiments.config.config import TOKENIZER, Config
 from experiments.config.recipe import Recipe, differences, filled_in, resolve
 from experiments.run.experiment import Experiment, experiment_of
-from experiments.run.folder import TOKENIZER, RunFolder, as_json
+from experiments.run.folder import RunFolder, as_json
 from experiments.run.loop import NonFiniteLossError, Run
 from experiments.step.layout import layout_of
 from experiments.system import files, processes
@@ -122,16 +122,20 @@ def _new_folder(recipe: Recipe) -> Path:
 
 def _with_defaults(config: Config, recipe: Recipe, every: int, output: Path) -> Config:
     """Returns the options with every value filled in, for the run folder."""
-    dataset = recipe.dataset
-    if data.is_path(dataset):  # so that the run can be resumed from another folder
-        dataset = str(Path(dataset).expanduser().resolve())
+    # Absolute, so that the run can be resumed from another folder.
+    dataset = _absolute(recipe.dataset) if data.is_path(recipe.dataset) else recipe.dataset
     return dataclasses.replace(
         filled_in(config, recipe),
         dataset=dataset,
+        from_checkpoint=_absolute(recipe.from_checkpoint),
         checkpoint_every=every,
         data_dir=config.data_dir and config.data_dir.resolve(),
         output=output,
     )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().resolve()) if path else ""
 
 
 def _last_words(folder: Path | None) -> str:

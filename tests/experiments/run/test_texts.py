@@ -1,9 +1,13 @@
 """Runs on texts: they learn, resume, and keep their tokenizer."""
 
+import shutil
+
+import chex
 import jax
 import numpy as np
 import optax
 import pytest
+import tensorflow_datasets as tfds
 
 from experiments.config.config import Config
 from experiments.data import tokens
@@ -95,3 +99,33 @@ def test_only_matrices_that_are_no_embeddings_decay(name):
     moved = jax.tree.map(lambda p, u: not np.allclose(p, p + u), params, updates)
     assert moved == decayed
     np.testing.assert_allclose(optax.apply_updates(params, updates)["head"]["kernel"], 0.95)
+
+
+def test_a_run_starts_from_another_one_with_other_classes(folder, tmp_path):
+    """With its encoder and its tokenizer, but a last layer of its own."""
+    train(config(folder, tmp_path / "first", method="sgd", epochs=2))
+    three = {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=3)}
+    rows = [{"text": f"new {'abc'[n % 3]} good", "label": n % 3} for n in range(40)]
+    tiny_dataset.build(folder, "three", three, {"train": rows, "test": rows[:9]})
+    options = {"dataset": "three", "from_checkpoint": str(tmp_path / "first"), "epochs": 1}
+    new = experiment_from(config(folder, None, **options))
+    state, earlier = new.first_state(), restore(tmp_path / "first").state
+    for name in ("embedding", "norm", "hidden"):
+        chex.assert_trees_all_equal(state.params[name], earlier.params[name])
+    assert state.params["head"]["kernel"].shape == (128, 3)
+    assert new.dataset.tokenizer == (tmp_path / "first" / "tokenizer.json").read_text()
+    # The run can be evaluated after the earlier one is gone.
+    train(config(folder, tmp_path / "second", **options))
+    shutil.rmtree(tmp_path / "first")
+    restore(tmp_path / "second")
+    with pytest.raises(ArgumentError, match="is no run folder"):
+        experiment_from(config(folder, None, **options))
+
+
+def test_another_network_is_no_start(folder, tmp_path):
+    train(config(folder, tmp_path / "first", epochs=1))
+    start = {"from_checkpoint": str(tmp_path / "first")}
+    with pytest.raises(ArgumentError, match="than --model text-transformer: the shape of blocks"):
+        experiment_from(config(folder, None, model="text-transformer", **start))
+    with pytest.raises(ArgumentError, match=r"shape of embedding.embedding is \(.+\) and \(258,"):
+        experiment_from(config(folder, None, tokenizer="bytes", **start))
