@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -70,10 +70,12 @@ def base_optimizer(
 
 def are_decayed(params: Any) -> Any:
     """Returns which leaves transformers decay: kernels, but no biases, norms or embeddings."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim > 1 and str(getattr(path[-1], "key", "")) not in _NOT_DECAYED,
-        params,
-    )
+
+    def is_decayed(path: Sequence[Any], leaf: jax.Array) -> bool:
+        name = getattr(path[-1], "key", None) if path else None
+        return leaf.ndim > 1 and name not in _NOT_DECAYED
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 def build_method(

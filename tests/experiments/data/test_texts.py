@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import tokenizers
 
 from experiments import data
 from experiments.data.dataset import Source
@@ -30,7 +31,7 @@ def test_ids_are_the_text_and_padding():
     assert ids.dtype == np.uint16
     assert ids[:, 0].tolist() == [START] * 3
     assert ids[2].tolist() == [START, *[PADDING] * 5]
-    decoder = tokens_for.__globals__["_package"]().Tokenizer.from_str(tokens.content)
+    decoder = tokenizers.Tokenizer.from_str(tokens.content)
     assert decoder.decode(ids[0][ids[0] > START].tolist()).strip() == "the ship"
     # The first tokens are kept, and the rest is cut off.
     np.testing.assert_array_equal(tokens.ids(["the ship"], 2), ids[:1, :2])

@@ -58,12 +58,13 @@ def some(names, kept):
 def abstract(name, image_shape=None, classes=10):
     """`(apply, params, stats)` in bfloat16, without arrays."""
     image_shape = image_shape or shape_of(name)
-    init, apply = models.build(name, image_shape, classes, dtype=BFLOAT16)
+    options = {"vocabulary": 50} if models.ARCHITECTURES[name].reads_texts else {}
+    init, apply = models.build(name, image_shape, classes, dtype=BFLOAT16, **options)
     return apply, *jax.eval_shape(init, KEY)
 
 
 def shape_of(name):
-    return (1, 40, 1) if name == "cnn1d" else (32, 32, 3)
+    return {"cnn1d": (1, 40, 1)}.get(name, (12,) if name.startswith("text") else (32, 32, 3))
 
 
 def count(params):
@@ -87,7 +88,8 @@ def test_architecture(name):
     apply, params, stats = abstract(name)
     # The passes of deep networks are those of their small members, below.
     if count(params) < 3e5:
-        images = jax.ShapeDtypeStruct((2, *shape_of(name)), FLOAT32)
+        dtype = jnp.uint16 if models.ARCHITECTURES[name].reads_texts else FLOAT32
+        images = jax.ShapeDtypeStruct((2, *shape_of(name)), dtype)
         call = functools.partial(apply, train=True, keys=jax.random.split(KEY, 2))
         logits, new_stats = jax.eval_shape(call, params, stats, images)
         assert (logits.shape, logits.dtype) == ((2, 10), FLOAT32)

@@ -58,9 +58,10 @@ def trained(name, method, perturbation, length):
     return losses, state.params
 
 
-EVERY = [(name, "ce") for name, spec in METHODS.items() if not spec.attack and not spec.ascends]
-EVERY += [("bisam-log", "log"), ("bisam-tanh", "tanh")]
-IN_DEFAULT = ("sgd", "bisam-log", "efficient")
+# With single examples, chosen examples, samples, states and whole updates.
+EVERY = [("bisam-log", "log"), ("efficient", "ce"), ("sparse-fisher", "ce"), ("tilted", "ce")]
+EVERY += [("look", "ce"), ("sampa", "tanh"), ("functional", "ce")]
+IN_DEFAULT = ("bisam-log", "efficient")
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,8 @@ def test_a_run_keeps_and_tests_the_last_of_the_best_epochs(tmp_path, monkeypatch
         tested.append((feed.examples, np.asarray(params["head"]["bias"])))
         return Evaluation(next(accuracies), 1.0)
 
-    def experiment_from(config):
-        return dataclasses.replace(made(config), evaluate=evaluate)
+    def experiment_from(config, folder):
+        return dataclasses.replace(made(config, folder), evaluate=evaluate)
 
     monkeypatch.setattr(training, "experiment_from", experiment_from)
     options = {"epochs": 4, "batch_size": 8, "train_examples": 40, "method": "sgd", "devices": 1}

@@ -17,12 +17,12 @@ GRADIENTS = np.random.default_rng(0).normal(size=(STEPS, 3))
 def trajectory(name, **values):
     """The parameters after every step of a run of five steps."""
     optimizer = base_optimizer(name, values, STEPS)
-    params = jnp.ones(3)
+    params = jnp.ones((1, 3))  # a matrix: AdamW decays no others
     state, seen = optimizer.init(params), []
     for gradient in jnp.asarray(GRADIENTS, jnp.float32):
-        updates, state = optimizer.update(gradient, state, params)
+        updates, state = optimizer.update(gradient[None], state, params)
         params = optax.apply_updates(params, updates)
-        seen.append(params)
+        seen.append(params[0])
     return np.asarray(seen)
 
 
