@@ -16,6 +16,7 @@ from experiments.comparison.results import Comparison
 from experiments.comparison.table import rows_of, usual_baseline
 from experiments.config.config import option_of
 from experiments.config.recipe import PERTURBATION_OPTIONS, Recipe
+from experiments.run.model import check_model
 from experiments.system import files, machine
 from experiments.system.command_line import ArgumentError
 from experiments.system.interruption import Interruption
@@ -48,6 +49,8 @@ def compare(
         KeyboardInterrupt: after a signal. The same call resumes.
     """
     asked, examples = grid.recipes, examples_of(grid)  # before anything is written
+    for recipe in {recipe.label: recipe for recipe in asked}.values():
+        check_model(recipe, examples.dataset)
     steps_per_epoch = examples.experiment(asked[0]).steps_per_epoch
     recipes = asked + grid.longer_plain(asked, steps_per_epoch)
     runs = len(recipes) + len({recipe.key[:2] for recipe in recipes}) * grid.confirm
@@ -126,8 +129,9 @@ def _opened(folder: Path, about: dict[str, Any]) -> Comparison:
     defaults = _as_json(Grid())
     try:
         there = json.loads(path.read_text())
-        # A comparison of an older version may lack an option.
+        # A comparison of an older version may lack an option, and names the default optimizer.
         values = {name: there["grid"].get(name, defaults.get(name)) for name in grid}
+        values["base"], grid = there["task"]["base"], grid | {"base": about["task"]["base"]}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ArgumentError(
             f"--output {folder} has no comparison that can be resumed: give another folder"

@@ -46,13 +46,18 @@ class Examples(NamedTuple):
     dataset: data.Dataset
     labels: dict[int, Labels]
 
-    def experiment(self, recipe: Recipe) -> Experiment:
+    def experiment(self, recipe: Recipe, *, trained: bool = False) -> Experiment:
         """Returns the experiment of a run, on one device.
+
+        Args:
+            recipe: the run.
+            trained: whether it is only measured, so that it does not matter how it started.
 
         Raises:
             ArgumentError: if the recipe does not fit the data.
         """
-        return experiment_of(recipe, self.dataset, layout_of(recipe, Place(devices=1)))
+        layout = layout_of(recipe, Place(devices=1))
+        return experiment_of(recipe, self.dataset, layout, {} if trained else None)
 
 
 def examples_of(grid: Grid) -> Examples:

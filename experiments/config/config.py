@@ -10,7 +10,7 @@ import tyro
 from experiments.config import methods
 from experiments.config.hyperparameters import HYPERPARAMETERS, Range
 from experiments.config.methods import METHODS
-from experiments.data import Source
+from experiments.data import Source, dataset_spec, is_path
 from experiments.models import ARCHITECTURES, architecture
 from experiments.system.command_line import ArgumentError, OrDefault, preset_value
 
@@ -84,14 +84,15 @@ class Task:
     """Largest random shift in pixels (default: CIFAR and SVHN 4, (Fashion-)MNIST 2, else 0).
     Not for streamed images."""
     flip: OrDefault[bool] = None
-    """Mirror half of the images (default: yes, unless they show digits)."""
+    """Mirror half of the images (default: yes, unless they show digits or are no images)."""
     cutout: OrDefault[float] = None
     """Share of the images that lose a square of 16x16 pixels (default: 0)."""
 
     epochs: OrDefault[int] = None
-    """Passes over the training examples (default: 200; digits 50)."""
+    """Passes over the training examples (default: 200; digits 50, texts 20)."""
     batch_size: OrDefault[int] = None
-    """Examples per step (default: 128; digits 32). An epoch drops its incomplete last batch."""
+    """Examples per step (default: 128; digits and texts 32). An epoch drops its incomplete
+    last batch."""
     microbatch_size: OrDefault[int] = None
     """Number of examples computed at a time, to save memory (default: the batch)."""
     label_noise: float = 0.0
@@ -101,11 +102,11 @@ class Task:
 
     def source(self, seed: int) -> Source:
         """Returns the request for the data set, with the seed of the label noise."""
-        which = (self.dataset, self.train_examples, self.label_noise, seed, self.image_size)
+        name = named_absolutely(self.dataset)
+        which = (name, self.train_examples, self.label_noise, seed, self.image_size)
         tokenizer = self.tokenizer
-        if tokenizer is None and self.from_checkpoint:
-            earlier = Path(self.from_checkpoint).expanduser() / TOKENIZER
-            tokenizer = str(earlier) if earlier.is_file() else None
+        if tokenizer is None and self.from_checkpoint and dataset_spec(name).kind == "texts":
+            tokenizer = str(Path(absolute(self.from_checkpoint)) / TOKENIZER)
         texts = (self.max_length, tokenizer, self.vocabulary_size)
         return Source(*which, self.data_dir, self.workers, *texts)
 
@@ -142,7 +143,7 @@ class Config(Place, Perturbing, Hyperparameters, Task):
     """The options of one run. None stands for the default of the method, optimizer or data set."""
 
     method: MethodName = "bisam-log"
-    """The sharpness-aware method; sgd is plain training, with either base optimizer."""
+    """The sharpness-aware method; sgd is plain training, with any base optimizer."""
     perturbation: OrDefault[Literal["ce", "log", "tanh"]] = None
     """The ascended loss: cross-entropy, or BiSAM's (default: ce; bisam-*: as the name says)."""
     seed: int = 0
@@ -192,6 +193,16 @@ def _check_model(name: str) -> None:
         architecture(name)
     except ValueError as error:
         raise ArgumentError(f"--model: {error}") from error
+
+
+def absolute(path: str) -> str:
+    """Returns the same path from every working directory; "" if there is none."""
+    return str(Path(path).expanduser().resolve()) if path else ""
+
+
+def named_absolutely(dataset: str) -> str:
+    """Returns the name of a data set, or the absolute path of its folder."""
+    return absolute(dataset) if is_path(dataset) else dataset
 
 
 def check_ranges(options: Any, ranges: Mapping[str, Range]) -> None:

@@ -166,7 +166,8 @@ def help_of(hyperparameter: str) -> str:
     text = HYPERPARAMETERS[hyperparameter].help
     few = 2 * len(known) < len(table)
     text = f"{', '.join(known)}: {text}" if few else text[0].upper() + text[1:]
-    ((usual, _),) = collections.Counter(known.values()).most_common(1)
+    ((common, _),) = collections.Counter(known.values()).most_common(1)
+    usual = known.get("sgd", common)  # the usual base optimizer
     others = [f"; {name} {value:g}" for name, value in known.items() if value != usual]
     return f"{text} (default {usual:g}{''.join(others)})."
 

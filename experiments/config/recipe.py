@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from experiments.config import methods
-from experiments.config.config import Config, option_of
+from experiments.config.config import Config, absolute, named_absolutely, option_of
 from experiments.config.hyperparameters import HYPERPARAMETERS
 from experiments.config.methods import BASE_OPTIMIZERS, METHODS, PERTURBATIONS, MethodSpec
 from experiments.data import dataset_spec
@@ -119,10 +119,10 @@ def resolve(config: Config) -> Recipe:
     base = _given(config.base, architecture(model).base)
     batch_size = _given(config.batch_size, usual.batch_size)
     recipe = Recipe(
-        dataset=config.dataset,
+        dataset=named_absolutely(config.dataset),
         label_noise=config.label_noise,
         model=model,
-        from_checkpoint=config.from_checkpoint,
+        from_checkpoint=absolute(config.from_checkpoint),
         precision=config.precision,
         base=base,
         method=config.method,
@@ -188,9 +188,10 @@ def differences(config: Config) -> list[tuple[str, str, str]]:
     left out.
     """
     config = dataclasses.replace(config, output=None)
+    values = filled_in(config, resolve(config))
     followed = ("dataset", "method", "base", "batch_size")  # by the defaults of others
-    usual = Config(**{name: getattr(config, name) for name in followed})
-    values, defaults = (filled_in(c, resolve(c)) for c in (config, usual))
+    usual = Config(**{name: getattr(values, name) for name in followed})
+    defaults = filled_in(usual, resolve(usual))
     first = {name: getattr(Config(), name) for name in ("dataset", "method")}
     first["base"] = architecture(values.model or "").base
     first["batch_size"] = dataset_spec(config.dataset).batch_size

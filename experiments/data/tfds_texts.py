@@ -41,7 +41,14 @@ def tfds_texts(source: Source, builder: Any) -> Dataset:
     parts = [_read(part, text_key, label_key) for part in train_and_test(builder, label_key)]
     (train_texts, train_labels), (test_texts, test_labels) = parts
     labels = np.concatenate([train_labels, test_labels])
-    held_out = round(VALIDATION_SHARE * len(train_labels))
+    held_out = max(1, round(VALIDATION_SHARE * len(train_labels)))
+    classes = info.features[label_key].num_classes
+    rarest = np.bincount(train_labels, minlength=classes)
+    if held_out < classes or 0 < rarest[rarest > 0].min() < 2:
+        raise DatasetError(
+            f"{info.full_name} has too few training texts, {len(train_labels)}: the validation "
+            f"part is a tenth of them, and should have all {classes} classes"
+        )
     fitted_on, _ = stratified(np.arange(len(train_labels)), labels, held_out)
     tokens = tokens_for(
         source.tokenizer or SUBWORD,
@@ -52,7 +59,7 @@ def tfds_texts(source: Source, builder: Any) -> Dataset:
         source,
         tokens.ids([*train_texts, *test_texts], source.max_length or MAX_LENGTH),
         labels,
-        classes=info.features[label_key].num_classes,
+        classes=classes,
         validation=held_out,
         test=np.arange(len(train_labels), len(labels)),
         mean=np.zeros(0, np.float32),

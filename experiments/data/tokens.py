@@ -33,6 +33,8 @@ class Tokens:
         if self._subwords is None:
             self.vocabulary = len(_SPECIAL) + 256
             return
+        # The text "[PAD]" is text.
+        self._subwords.encode_special_tokens = True
         self.vocabulary = self._subwords.get_vocab_size()
         if [self._subwords.token_to_id(name) for name in _SPECIAL] != [PADDING, START]:
             raise ValueError(f"its first tokens should be {' and '.join(_SPECIAL)}")

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.data import white_of
+from experiments.data import DatasetError, white_of
 from experiments.measures.trained import Trained, over_seeds
 from experiments.step.attack import LEVELS, ascended, random_start, usual_step
 from experiments.step.evaluation import Predict
@@ -67,6 +67,10 @@ class Attacker:
     def __init__(self, trained: Trained) -> None:
         self._predict = trained.predict
         self._white = white_of(trained.recipe.dataset)
+        if trained.test.images.ndim != 4:
+            raise DatasetError(
+                f"{trained.recipe.dataset} has texts, not images: there are no pixels to attack"
+            )
         self._networks = (trained.params, trained.stats)
         self._labels = jnp.asarray(trained.test.labels)
         pixels = jnp.asarray(trained.test.images, jnp.float32) / self._white

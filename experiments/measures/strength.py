@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 import bisam_jax
-from experiments.run.experiment import Experiment, model_of
+from experiments.run.experiment import Experiment
+from experiments.run.model import model_of
 from experiments.step import augmentation
 from experiments.step.train_step import cross_entropy
 

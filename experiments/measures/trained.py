@@ -157,12 +157,12 @@ def _of_comparison(
         raise ArgumentError(
             f"{folder} is a comparison on streamed images: name its runs, {folder}/runs/*"
         )
-    first = known.experiment(grid.recipes[0])
+    first = known.experiment(grid.recipes[0], trained=True)
     runs = grid.recipes + grid.longer_plain(grid.recipes, first.steps_per_epoch)
     by_values = {recipe.key[:-1]: recipe for recipe in runs}
     for name, group in _candidates(comparison, every_candidate):
         recipes = [dataclasses.replace(by_values[key[:-1]], seed=key[-1]) for key in group]
-        experiment = known.experiment(recipes[0])
+        experiment = known.experiment(recipes[0], trained=True)
         shapes = jax.eval_shape(experiment.first_state)
         kept = read_networks(folder, recipes, Kept(shapes.params, shapes.stats))
         if kept is None:

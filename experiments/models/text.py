@@ -11,9 +11,9 @@ from jax.typing import DTypeLike
 from experiments.models.layers import Dropout, module_list
 from experiments.models.transformer import INIT, TransformerBlock, layer_norm, linear
 
-PADDING = 0
+PADDING = 0  # as in experiments.data.tokens
 # The longest wavelength of the rotary positions, in tokens over 2 pi (Su et al.).
-BASE = 10_000.0
+ROTARY_BASE = 10_000.0
 
 
 class TextBag(nnx.Module):
@@ -74,6 +74,8 @@ class TextTransformer(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         del image_shape
+        if width % heads or (width // heads) % 2:
+            raise ValueError(f"width / heads must be an even number, got {width} / {heads}")
         self.dropout_rate = dropout
         self.embedding = embedding(vocabulary, width, dtype=dtype, rngs=rngs)
         self.blocks = module_list(
@@ -113,7 +115,7 @@ def rotated(x: jax.Array) -> jax.Array:
         x: [batch, tokens, heads, width], of an even width.
     """
     tokens, width = x.shape[1], x.shape[3]
-    frequencies = BASE ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    frequencies = ROTARY_BASE ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
     angles = jnp.arange(tokens, dtype=jnp.float32)[:, None] * frequencies[None]
     cos, sin = (function(angles)[None, :, None] for function in (jnp.cos, jnp.sin))
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -125,14 +125,17 @@ class Checkpoints:
     def parameters(self, step: int) -> dict[str, np.ndarray]:
         """Returns the parameters at `step` by :func:`name_of`, of whatever network they are.
 
+        They may have been saved on other devices.
+
         Raises:
             CheckpointError: if the checkpoint is damaged.
         """
         self.wait()
-        items = {"state": ocp.args.StandardRestore(), "fingerprints": ocp.args.JsonRestore()}
         try:
-            known = self._manager.restore(step, args=ocp.args.Composite(**items))
-            params = jax.device_get(known["state"]["params"])
+            known = self._manager.restore(
+                step, args=ocp.args.Composite(fingerprints=ocp.args.JsonRestore())
+            )
+            params = _read_parameters(self.folder.resolve() / str(step) / "state")
             sums = {name_of(path): sum_ for path, sum_ in known["fingerprints"].items()}
             found = {
                 f"params.{name_of(path)}": sum_ for path, sum_ in _fingerprints(params).items()
@@ -158,6 +161,20 @@ class Checkpoints:
 def name_of(path: str) -> str:
     """Returns a path in a tree, as JAX writes it, in the form "blocks.0.kernel"."""
     return ".".join(re.findall(r"\w+", path))
+
+
+def _read_parameters(path: Path) -> Any:
+    """Returns the parameters of a saved state as NumPy arrays, in dictionaries."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        known: Any = reader.metadata(path)
+        for name in ("item_metadata", "tree"):  # as versions of orbax have it
+            known = getattr(known, name, known)
+        wanted = {"params": known["params"]}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        return reader.restore(
+            path,
+            args=ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True),
+        )["params"]
 
 
 def _accuracy(metrics: dict[str, float]) -> float:

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 
 from experiments import data, models
-from experiments.config.config import option_of
 from experiments.config.methods import ATTACK_STEPS
 from experiments.config.recipe import Recipe
-from experiments.run.starting import check_start, start_of, started
+from experiments.run.model import check_model, model_of
+from experiments.run.starting import Start, start_of, started
 from experiments.step import attack, augmentation, evaluation, train_step
 from experiments.step.feeds import Feed, feed_of
 from experiments.step.layout import Layout
@@ -87,8 +87,16 @@ class Experiment:
         return self.layout.make(lambda: self.state_of(key, self.recipe.hyperparameters))
 
 
-def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Experiment:
+def experiment_of(
+    recipe: Recipe, dataset: data.Dataset, layout: Layout, start: Start | None = None
+) -> Experiment:
     """Builds an experiment.
+
+    Args:
+        recipe: the resolved options.
+        dataset: the data set.
+        layout: the layout over the devices.
+        start: parameters to start from; None for those of `recipe.from_checkpoint`.
 
     Raises:
         ArgumentError: if the recipe does not fit the data, or the checkpoint to start from.
@@ -104,15 +112,9 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
     # Groups have their own statistics.
     synchronised = not recipe.in_groups and recipe.batch_statistics == "synchronised"
     init, apply = model_of(recipe, dataset, layout.axis_name if synchronised else None)
-    _check_kind(recipe, dataset)
-    start = start_of(recipe.from_checkpoint)
-    if start:
-        check_start(jax.eval_shape(init, jax.random.key(0))[0], start, recipe.model)
-    if recipe.group_size == 1 and jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))[1]):
-        raise ArgumentError(
-            f"--group-size must be at least 2 for {recipe.model}: its batch normalization has no "
-            "variance of one example"
-        )
+    check_model(recipe, dataset)
+    first = jax.eval_shape(init, jax.random.key(0))[0]
+    start = start_of(recipe, dataset, first) if start is None else start
     prepare = _prepare(recipe, dataset)
     method_of = _method_of(recipe, dataset, layout, steps_per_epoch * recipe.epochs)
 
@@ -155,45 +157,6 @@ def experiment_of(recipe: Recipe, dataset: data.Dataset, layout: Layout) -> Expe
         sums=sums,
         evaluate=evaluation.make_evaluate(sums, _evaluated_at_once(recipe, dataset), layout),
     )
-
-
-def model_of(
-    recipe: Recipe, dataset: data.Dataset, axis_name: str | None = None
-) -> tuple[models.Init, models.Apply]:
-    """Returns the pure functions of the recipe's model. See :func:`experiments.models.build`.
-
-    Raises:
-        ArgumentError: if the model cannot take the examples.
-    """
-    reads_texts = models.architecture(recipe.model).reads_texts
-    if reads_texts not in (None, bool(dataset.vocabulary)):
-        known = [n for n, a in models.ARCHITECTURES.items() if a.reads_texts != reads_texts]
-        raise ArgumentError(
-            f"--model {recipe.model} reads {'texts' if reads_texts else 'images'}, which "
-            f"{recipe.dataset} has not: use {', '.join(known)}"
-        )
-    options = {"vocabulary": dataset.vocabulary} if dataset.vocabulary else {}
-    try:
-        return models.build(
-            recipe.model,
-            dataset.image_shape,
-            dataset.classes,
-            dtype=jnp.dtype(recipe.precision),
-            axis_name=axis_name,
-            **options,
-        )
-    except ValueError as error:
-        raise ArgumentError(f"--model {recipe.model}: {error}") from error
-
-
-def _check_kind(recipe: Recipe, dataset: data.Dataset) -> None:
-    """Refuses to augment texts. (Those of known data sets are refused before they are read.)"""
-    for name in ("crop_padding", "flip", "cutout"):
-        if dataset.vocabulary and getattr(recipe, name):
-            off = "--no-flip" if name == "flip" else f"{option_of(name)} 0"
-            raise ArgumentError(
-                f"{option_of(name)} has no meaning for {recipe.dataset}, which has texts: add {off}"
-            )
 
 
 def _method_of(
@@ -264,7 +227,8 @@ def _steps_at_once(recipe: Recipe, dataset: data.Dataset) -> int:
 
 
 def _evaluated_at_once(recipe: Recipe, dataset: data.Dataset) -> int:
-    if recipe.in_microbatches or dataset.train.streamed:
+    # A text may take more memory than an image: what fits in training fits here.
+    if recipe.in_microbatches or dataset.train.streamed or dataset.vocabulary:
         return recipe.microbatch_size
     return EVALUATION_BATCH_SIZE
 

@@ -64,6 +64,12 @@ class RunFolder:
         folder.write_json("config.json", config)
         return folder
 
+    @property
+    def has_checkpoints(self) -> bool:
+        """Whether there is a complete checkpoint."""
+        there = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        return any(path.name.isdecimal() for path in there)
+
     def lock(self) -> None:
         """Keeps other processes from writing here until :meth:`close` or the end of this process.
 

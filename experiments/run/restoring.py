@@ -43,8 +43,7 @@ def restore(folder: Path, step: int | None = None, **changed: Any) -> Restored:
     # These options have no meaning for an evaluation.
     changed |= {"parallelism": "jit", "batch_statistics": "synchronised"}
     given = {name: value for name, value in changed.items() if value is not None}
-    # Everything comes from the run's own checkpoint.
-    config = dataclasses.replace(read_config(folder), **given, from_checkpoint="")
+    config = dataclasses.replace(read_config(folder), **given)
     path = RunFolder(folder).checkpoints
     if not path.is_dir():
         raise ArgumentError(f"{folder} has no checkpoints: the run stopped before the first one")

@@ -8,65 +8,77 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.config.config import TOKENIZER
+from experiments.config.recipe import Recipe
+from experiments.data import Dataset
 from experiments.run.checkpoints import Checkpoints, name_of
-from experiments.run.folder import RunFolder, read_config
+from experiments.run.folder import RunFolder
 from experiments.system.command_line import ArgumentError
 
 # The last layer, which has the classes of its own data set.
 LAST = "head"
+# Arrays by their names in the parameters: "blocks.0.norm_1.scale".
+Start = dict[str, np.ndarray]
 
 
-def start_of(run: str) -> dict[str, np.ndarray]:
-    """Returns the parameters of a run's best epoch by name, without the last layer's.
+def start_of(recipe: Recipe, dataset: Dataset, params: Any) -> Start:
+    """Returns the parameters to start from, without the last layer's; none for a random start.
 
-    The data of that run are not read.
+    They are those of the best epoch. The data of that run are not read.
 
     Args:
-        run: path of its folder; none if it is empty.
+        recipe: names the folder of the earlier run.
+        dataset: what is trained on.
+        params: shapes of the parameters of the new run.
 
     Raises:
-        ArgumentError: if it is no run folder, or has no checkpoint.
+        ArgumentError: if it is no run folder, has no checkpoint, or is of another network or of
+            other tokens.
         CheckpointError: if the checkpoint cannot be read.
     """
-    if not run:
+    if not recipe.from_checkpoint:
         return {}
-    folder = Path(run).expanduser()
-    read_config(folder)  # says if it is no run folder
-    path = RunFolder(folder).checkpoints
-    if not path.is_dir():
-        raise ArgumentError(f"--from-checkpoint {folder} has no checkpoints")
-    with contextlib.closing(Checkpoints(path, keep=None)) as checkpoints:
+    folder = RunFolder(Path(recipe.from_checkpoint))
+    if not folder.has_checkpoints:
+        raise ArgumentError(
+            f"--from-checkpoint must be a run folder with checkpoints, got {folder.path}"
+        )
+    if dataset.vocabulary:
+        _check_tokens(folder.path / TOKENIZER, dataset)
+    with contextlib.closing(Checkpoints(folder.checkpoints, keep=None)) as checkpoints:
         step = checkpoints.best_step()
-        if step is None:
-            raise ArgumentError(f"--from-checkpoint {folder} has no checkpoints")
-        known = checkpoints.parameters(step)
-    return {name: leaf for name, leaf in known.items() if name.split(".")[0] != LAST}
+        assert step is not None
+        start = _without_last(checkpoints.parameters(step))
+    _check_shapes(start, params, recipe.model)
+    return start
 
 
-def check_start(params: Any, start: dict[str, np.ndarray], model: str) -> None:
-    """Refuses parameters of another network.
-
-    Raises:
-        ArgumentError: if a parameter has no counterpart of its shape, except in the last layer.
-    """
-    there = {name: leaf.shape for name, leaf in _named(params) if name.split(".")[0] != LAST}
-    given = {name: leaf.shape for name, leaf in start.items()}
-    for name in sorted(there | given):
-        if there.get(name) != given.get(name):
-            of_both = (f"{known.get(name, 'missing')}" for known in (given, there))
-            raise ArgumentError(
-                f"--from-checkpoint has another network than --model {model}: the shape of {name} "
-                f"is {' and '.join(of_both)}"
-            )
-
-
-def started(params: Any, start: dict[str, np.ndarray]) -> Any:
+def started(params: Any, start: Start) -> Any:
     """Returns new parameters, with those of `start` in their places."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: jnp.asarray(start.get(name_of(jax.tree_util.keystr(path)), leaf)), params
     )
 
 
-def _named(params: Any) -> list[tuple[str, Any]]:
+def _check_tokens(file: Path, dataset: Dataset) -> None:
+    """Refuses embeddings of other tokens, also if there are as many."""
+    if not file.is_file() or file.read_text() != dataset.tokenizer:
+        raise ArgumentError(
+            f"--from-checkpoint has embeddings of other tokens: use --tokenizer {file}"
+        )
+
+
+def _check_shapes(start: Start, params: Any, model: str) -> None:
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    return [(name_of(jax.tree_util.keystr(path)), leaf) for path, leaf in leaves]
+    there = _without_last({name_of(jax.tree_util.keystr(path)): leaf for path, leaf in leaves})
+    for name in sorted(there | start):
+        of_both = [getattr(known.get(name), "shape", "missing") for known in (start, there)]
+        if of_both[0] != of_both[1]:
+            raise ArgumentError(
+                f"--from-checkpoint has another network than --model {model}: the shape of {name} "
+                f"is {of_both[0]} and {of_both[1]}"
+            )
+
+
+def _without_last(by_name: dict[str, Any]) -> dict[str, Any]:
+    return {name: leaf for name, leaf in by_name.items() if name.split(".")[0] != LAST}

@@ -76,7 +76,7 @@ def experiment_from(config: Config, folder: Path | None = None) -> Experiment:
 
     Args:
         config: the options.
-        folder: the folder of the run, whose tokenizer is used; None for a new run.
+        folder: the folder of the run, whose checkpoints will be restored; None for a new run.
 
     Raises:
         ArgumentError: if the options contradict each other, the data or the devices.
@@ -84,12 +84,14 @@ def experiment_from(config: Config, folder: Path | None = None) -> Experiment:
     """
     recipe = resolve(config)
     layout = layout_of(recipe, config)
-    source = config.source(config.seed)
-    if folder is not None and (folder / TOKENIZER).is_file():
-        tokenizer = str(folder / TOKENIZER)
-        source = dataclasses.replace(source, tokenizer=tokenizer, vocabulary_size=None)
+    source, start = config.source(config.seed), None
+    if folder is not None and RunFolder(folder).has_checkpoints:
+        start = {}  # everything comes from the run's own checkpoints
+        if data.dataset_spec(source.name).kind == "texts" or (folder / TOKENIZER).is_file():
+            tokenizer = str(folder / TOKENIZER)
+            source = dataclasses.replace(source, tokenizer=tokenizer, vocabulary_size=None)
     dataset = processes.agreed(lambda: data.load(source), lambda loaded: loaded.fingerprint, "data")
-    return experiment_of(recipe, dataset, layout)
+    return experiment_of(recipe, dataset, layout, start)
 
 
 def _in_words(config: Config, experiment: Experiment, output: Path) -> str:
@@ -122,20 +124,12 @@ def _new_folder(recipe: Recipe) -> Path:
 
 def _with_defaults(config: Config, recipe: Recipe, every: int, output: Path) -> Config:
     """Returns the options with every value filled in, for the run folder."""
-    # Absolute, so that the run can be resumed from another folder.
-    dataset = _absolute(recipe.dataset) if data.is_path(recipe.dataset) else recipe.dataset
     return dataclasses.replace(
         filled_in(config, recipe),
-        dataset=dataset,
-        from_checkpoint=_absolute(recipe.from_checkpoint),
         checkpoint_every=every,
         data_dir=config.data_dir and config.data_dir.resolve(),
         output=output,
     )
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().resolve()) if path else ""
 
 
 def _last_words(folder: Path | None) -> str:

@@ -12,8 +12,8 @@ import bisam_jax
 from experiments.config.methods import BASE_OPTIMIZERS, METHODS, PERTURBATIONS
 
 PerExampleLoss = Callable[[jax.Array, jax.Array], jax.Array]
-# Names of parameters: of tokens, of places, and of the class token.
-_NOT_DECAYED = ("embedding", "positions", "class_token")
+# Names of parameters that are vectors of tokens and places, or of the class token.
+_EMBEDDED = {"embedding", "positions", "class_token"}
 
 
 class BuiltMethod(NamedTuple):
@@ -36,10 +36,12 @@ def learning_rate(hyperparameters: Mapping[str, Any], total_steps: int) -> optax
 
     With a warm-up, it first grows linearly from zero.
     """
-    first = hyperparameters["learning_rate"]
-    if growing := round(hyperparameters.get("warmup", 0) * total_steps):
-        return optax.warmup_cosine_decay_schedule(0.0, first, growing, total_steps)
-    return optax.cosine_decay_schedule(first, total_steps)
+    first = hyperparameters["learning_rate"]  # possibly traced
+    growing = min(round(hyperparameters.get("warmup", 0) * total_steps), total_steps - 1)
+    falling = optax.cosine_decay_schedule(first, total_steps - growing)
+    if growing == 0:
+        return falling
+    return optax.join_schedules([optax.linear_schedule(0.0, first, growing), falling], [growing])
 
 
 def base_optimizer(
@@ -60,22 +62,40 @@ def base_optimizer(
                 optax.sgd(schedule, momentum=hyperparameters["momentum"]),
             )
         case "adamw":
-            return optax.adamw(schedule, weight_decay=decay, mask=are_decayed)
+            return optax.adamw(schedule, weight_decay=decay, mask=_are_decayed)
         case "lion":
-            return optax.lion(schedule, weight_decay=decay, mask=are_decayed)
+            return optax.lion(schedule, weight_decay=decay, mask=_are_decayed)
         case "muon":
-            return optax.contrib.muon(schedule, weight_decay=decay, weight_decay_mask=are_decayed)
+            return optax.contrib.muon(
+                schedule, weight_decay=decay, muon_weight_dimension_numbers=_are_orthogonalized
+            )
     raise ValueError(f"base must be one of {', '.join(BASE_OPTIMIZERS)}, got {name!r}")
 
 
-def are_decayed(params: Any) -> Any:
-    """Returns which leaves transformers decay: kernels, but no biases, norms or embeddings."""
+def _are_decayed(params: Any) -> Any:
+    """Returns which leaves decay: kernels, but no biases, norms, embeddings or positions."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.ndim > 1 and not _EMBEDDED & _names(path[-1:]), params
+    )
 
-    def is_decayed(path: Sequence[Any], leaf: jax.Array) -> bool:
-        name = getattr(path[-1], "key", None) if path else None
-        return leaf.ndim > 1 and name not in _NOT_DECAYED
 
-    return jax.tree_util.tree_map_with_path(is_decayed, params)
+def _are_orthogonalized(params: Any) -> Any:
+    """Returns the axes of the matrices that Muon changes. Adam, without decay, has the others.
+
+    As its authors do, embeddings and the last layer are left to Adam.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: (
+            optax.contrib.MuonDimensionNumbers()
+            if leaf.ndim == 2 and not {*_EMBEDDED, "head"} & _names(path)
+            else None
+        ),
+        params,
+    )
+
+
+def _names(path: Sequence[Any]) -> set[Any]:
+    return {getattr(key, "key", None) for key in path}
 
 
 def build_method(

@@ -3,18 +3,17 @@
 import shutil
 
 import chex
-import jax
 import numpy as np
-import optax
 import pytest
 import tensorflow_datasets as tfds
 
+from experiments import compare
 from experiments.config.config import Config
-from experiments.data import tokens
+from experiments.data import DatasetError, tokens
 from experiments.run.folder import read_config
 from experiments.run.restoring import accuracy_and_loss, restore
 from experiments.run.training import experiment_from, train
-from experiments.step.method import are_decayed, base_optimizer, learning_rate
+from experiments.system import files
 from experiments.system.command_line import ArgumentError
 from tests.experiments import tiny_dataset
 from tests.experiments.run.runs import rows_of
@@ -64,41 +63,13 @@ def test_a_stopped_run_resumes_bit_for_bit(folder, tmp_path, stopped_at, monkeyp
         ({"dataset": "digits", "max_length": None}, "--model text-bag reads texts, which digits"),
         ({"dataset": "reuters_r8", "flip": True}, "--flip has no meaning for reuters_r8, which"),
         ({"base": "adamw", "momentum": 0.5}, "--momentum has no meaning for"),
+        ({"method": "adversarial-l2"}, "attacks pixels, and texts has texts, not images"),
     ],
-    ids=["images", "flip", "texts", "known texts", "momentum"],
+    ids=["images", "flip", "texts", "known texts", "momentum", "attack"],
 )
 def test_what_does_not_fit_texts(options, message, folder, tmp_path):
     with pytest.raises(ArgumentError, match=message):
         experiment_from(config(folder, tmp_path / "run", **options))
-
-
-def test_the_learning_rate_grows_and_falls():
-    values = {"learning_rate": 0.5, "warmup": 0.1}
-    schedule = learning_rate(values, 100)
-    steps = np.array([schedule(step) for step in range(101)])
-    np.testing.assert_allclose(steps[:11], 0.5 * np.arange(11) / 10, rtol=1e-6)
-    expected = 0.25 * (1 + np.cos(np.pi * np.arange(91) / 90))
-    np.testing.assert_allclose(steps[10:], expected, rtol=1e-5, atol=1e-8)
-    assert learning_rate(values | {"warmup": 0.0}, 100)(0) == 0.5
-
-
-@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
-def test_only_matrices_that_are_no_embeddings_decay(name):
-    params = {
-        "embedding": {"embedding": np.ones((3, 4), np.float32)},
-        "positions": np.ones((1, 3, 4), np.float32),
-        "head": {"kernel": np.ones((4, 2), np.float32), "bias": np.ones(2, np.float32)},
-    }
-    decayed = {"embedding": {"embedding": False}, "positions": False}
-    decayed["head"] = {"kernel": True, "bias": False}
-    assert are_decayed(params) == decayed
-    values = {"learning_rate": 0.1, "weight_decay": 0.5, "warmup": 0.0}
-    tx = base_optimizer(name, values, 10)
-    nothing = jax.tree.map(np.zeros_like, params)
-    updates, _ = tx.update(nothing, tx.init(params), params)
-    moved = jax.tree.map(lambda p, u: not np.allclose(p, p + u), params, updates)
-    assert moved == decayed
-    np.testing.assert_allclose(optax.apply_updates(params, updates)["head"]["kernel"], 0.95)
 
 
 def test_a_run_starts_from_another_one_with_other_classes(folder, tmp_path):
@@ -107,7 +78,9 @@ def test_a_run_starts_from_another_one_with_other_classes(folder, tmp_path):
     three = {"text": tfds.features.Text(), "label": tfds.features.ClassLabel(num_classes=3)}
     rows = [{"text": f"new {'abc'[n % 3]} good", "label": n % 3} for n in range(40)]
     tiny_dataset.build(folder, "three", three, {"train": rows, "test": rows[:9]})
+    earlier = {"tokenizer": str(tmp_path / "first" / "tokenizer.json")}
     options = {"dataset": "three", "from_checkpoint": str(tmp_path / "first"), "epochs": 1}
+    options |= earlier
     new = experiment_from(config(folder, None, **options))
     state, earlier = new.first_state(), restore(tmp_path / "first").state
     for name in ("embedding", "norm", "hidden"):
@@ -118,14 +91,51 @@ def test_a_run_starts_from_another_one_with_other_classes(folder, tmp_path):
     train(config(folder, tmp_path / "second", **options))
     shutil.rmtree(tmp_path / "first")
     restore(tmp_path / "second")
-    with pytest.raises(ArgumentError, match="is no run folder"):
+    with pytest.raises(DatasetError, match=r"path of a run's tokenizer\.json, got"):
         experiment_from(config(folder, None, **options))
+    options |= {"dataset": "digits", "model": "mlp", "tokenizer": None, "max_length": None}
+    with pytest.raises(ArgumentError, match="--from-checkpoint must be a run folder with check"):
+        experiment_from(config(folder, None, **options))
+
+
+def test_a_run_with_a_relative_start_is_resumed(folder, tmp_path, stopped_at, monkeypatch):
+    """Also from another folder, and after the earlier run is gone."""
+    monkeypatch.chdir(tmp_path)
+    train(config(folder, tmp_path / "first", epochs=1))
+    options = {"from_checkpoint": "first", "epochs": 2, "method": "sgd"}
+    options["tokenizer"] = "first/tokenizer.json"
+    train(config(folder, tmp_path / "whole", **options))
+    with stopped_at(8):
+        train(config(folder, tmp_path / "stopped", **options))
+    monkeypatch.chdir(folder)
+    shutil.rmtree(tmp_path / "first")
+    train(read_config(tmp_path / "stopped"), tmp_path / "stopped")
+    assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")
 
 
 def test_another_network_is_no_start(folder, tmp_path):
     train(config(folder, tmp_path / "first", epochs=1))
     start = {"from_checkpoint": str(tmp_path / "first")}
+    start["tokenizer"] = str(tmp_path / "first" / "tokenizer.json")
     with pytest.raises(ArgumentError, match="than --model text-transformer: the shape of blocks"):
         experiment_from(config(folder, None, model="text-transformer", **start))
-    with pytest.raises(ArgumentError, match=r"shape of embedding.embedding is \(.+\) and \(258,"):
-        experiment_from(config(folder, None, tokenizer="bytes", **start))
+    with pytest.raises(ArgumentError, match=r"embeddings of other tokens: use --tokenizer .+first"):
+        experiment_from(config(folder, None, **start | {"tokenizer": "bytes"}))
+
+
+def test_replicas_get_the_numbers_of_runs_by_themselves(folder, tmp_path, monkeypatch):
+    """Also if they warm up, and if they start from an earlier run."""
+    train(config(folder, tmp_path / "first", epochs=1))
+    options = {"learning_rate": 0.02, "from_checkpoint": str(tmp_path / "first"), "epochs": 2}
+    options["tokenizer"] = str(tmp_path / "first" / "tokenizer.json")
+    train(config(folder, tmp_path / "run", method="sgd", warmup=0.3, **options))
+    args = ["--dataset", "texts", "--data-dir", folder, "--model", "text-bag", "--no-flip"]
+    args += ["--max-length", 16, "--batch-size", 6, "--methods", "sgd", "--seeds", 2]
+    args += ["--warmup", 0.3]
+    for name, value in options.items():
+        args += [f"--{name.replace('_', '-')}", value]
+    compare.main([*map(str, args), "--output", str(tmp_path / "grid")])
+    curves = files.read_csv(tmp_path / "grid" / "curves.csv")
+    together = [float(row["validation_loss"]) for row in curves if row["run"] == "0"]
+    alone = [float(row["validation_loss"]) for row in rows_of(tmp_path / "run")]
+    np.testing.assert_allclose(together, alone, rtol=1e-4)

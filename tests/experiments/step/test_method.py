@@ -8,7 +8,7 @@ import pytest
 
 import bisam_jax
 from experiments.config.methods import METHODS, PERTURBATIONS
-from experiments.step.method import base_optimizer, build_method
+from experiments.step.method import base_optimizer, build_method, learning_rate
 
 STEPS = 5
 GRADIENTS = np.random.default_rng(0).normal(size=(STEPS, 3))
@@ -51,6 +51,34 @@ def test_adamw_has_decoupled_weight_decay_and_a_cosine():
         expected.append(params)
     got = trajectory("adamw", learning_rate=0.2, weight_decay=0.3)
     np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_the_learning_rate_grows_and_falls():
+    values = {"learning_rate": 0.5, "warmup": 0.1}
+    schedule = learning_rate(values, 100)
+    steps = np.array([schedule(step) for step in range(101)])
+    np.testing.assert_allclose(steps[:11], 0.5 * np.arange(11) / 10, rtol=1e-6)
+    expected = 0.25 * (1 + np.cos(np.pi * np.arange(91) / 90))
+    np.testing.assert_allclose(steps[10:], expected, rtol=1e-5, atol=1e-8)
+    assert learning_rate(values | {"warmup": 0.0}, 100)(0) == 0.5
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "muon"])
+def test_only_matrices_that_are_no_embeddings_decay(name):
+    params = {
+        "embedding": {"embedding": np.ones((3, 4), np.float32)},
+        "positions": np.ones((1, 3, 4), np.float32),
+        "hidden": {"kernel": np.ones((4, 4), np.float32), "bias": np.ones(4, np.float32)},
+    }
+    decayed = {"embedding": {"embedding": False}, "positions": False}
+    decayed["hidden"] = {"kernel": True, "bias": False}
+    values = {"learning_rate": 0.1, "weight_decay": 0.5, "warmup": 0.0}
+    tx = base_optimizer(name, values, 10)
+    nothing = jax.tree.map(np.zeros_like, params)
+    updates, _ = tx.update(nothing, tx.init(params), params)
+    moved = jax.tree.map(lambda p, u: not np.allclose(p, p + u), params, updates)
+    assert moved == decayed
+    np.testing.assert_allclose(optax.apply_updates(params, updates)["hidden"]["kernel"], 0.95)
 
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS)
