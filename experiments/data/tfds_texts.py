@@ -6,11 +6,11 @@ import numpy as np
 
 from experiments.data.arrays import dataset_from_arrays, stratified
 from experiments.data.dataset import Dataset, Source
+from experiments.data.encoded import VALIDATION_SHARE
 from experiments.data.prepared import key_of, train_and_test
 from experiments.data.splits import DatasetError
 from experiments.data.tokens import SUBWORD, tokens_for
 
-VALIDATION_SHARE = 0.1
 MAX_LENGTH = 128
 
 

@@ -82,8 +82,9 @@ def architecture(name: str) -> Architecture:
 
     Args:
         name: a key of `ARCHITECTURES`, or "module:factory": a function or class, called with
-            `(image_shape, classes, *, dtype, rngs)`, that makes an `nnx.Module`. The module is
-            called with `(images, *, train, keys)` and returns logits.
+            `(image_shape, classes, *, dtype, rngs)`, and for texts with `vocabulary`, that makes
+            an `nnx.Module`. The module is called with `(images, *, train, keys)` and returns
+            logits.
 
     Raises:
         ValueError: if there is no such model.
@@ -120,18 +121,18 @@ def build(
     """Returns the pure functions `(init, apply)` of a model, without making any array.
 
     `init(key)` returns `(params, stats)`, all float32, also under `jax.jit` and `jax.vmap`.
-    `apply(params, stats, images, train=..., keys=None)` takes [batch, height, width, channels] and
-    returns `(logits, stats)`, the logits float32 [batch, classes]. Batch statistics change only if
-    `train` is true. Dropout then needs `keys`, one per example: Key[batch].
+    `apply(params, stats, images, train=..., keys=None)` takes [batch, height, width, channels],
+    or tokens [batch, length], and returns `(logits, stats)`, the logits float32 [batch, classes].
+    Batch statistics change only if `train` is true. Dropout then needs `keys`, one per example: Key[batch].
 
     Args:
         name: see :func:`architecture`.
-        image_shape: (height, width, channels).
+        image_shape: (height, width, channels); the number of tokens, (length,), for texts.
         classes: the number of logits.
         dtype: dtype of the computation, float32 or bfloat16.
         axis_name: axis of pmap or shard_map whose devices share their batch statistics; None if
             each device has its own.
-        **options: arguments of the model's class.
+        **options: arguments of the model's class; for texts also `vocabulary`.
 
     Raises:
         ValueError: if there is no such model, or it cannot take images of this shape.

@@ -27,7 +27,8 @@ class Batch(NamedTuple):
     """The examples of a step, or a part of them.
 
     Attributes:
-        images: float32[batch, height, width, channels], normalized and augmented.
+        images: float32[batch, height, width, channels], normalized and augmented; the tokens of
+            texts.
         labels: int32[batch].
         positions: int32[batch], positions in the whole batch. Dropout masks depend on them, and
             not on how the batch is split.
