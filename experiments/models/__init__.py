@@ -123,7 +123,8 @@ def build(
     `init(key)` returns `(params, stats)`, all float32, also under `jax.jit` and `jax.vmap`.
     `apply(params, stats, images, train=..., keys=None)` takes [batch, height, width, channels],
     or tokens [batch, length], and returns `(logits, stats)`, the logits float32 [batch, classes].
-    Batch statistics change only if `train` is true. Dropout then needs `keys`, one per example: Key[batch].
+    Batch statistics change only if `train` is true. Dropout then needs `keys`, one per example:
+    Key[batch].
 
     Args:
         name: see :func:`architecture`.
