@@ -115,6 +115,28 @@ def test_what_is_resumed_elsewhere_is_told(version, copy, capsys, monkeypatch):
         assert f"Continued with: {now}" in text
 
 
+def test_a_comparison_that_names_the_default_optimizer_is_resumed(copy, capsys, monkeypatch):
+    """As versions did that had the same default for all networks."""
+    about = json.loads((copy / "comparison.json").read_text())
+    assert about["grid"]["base"] is None
+    about["grid"]["base"] = "sgd"
+    (copy / "comparison.json").write_text(json.dumps(about))
+    monkeypatch.setattr(GridRun, "train", lambda self: None)
+    status, _, err = run(capsys, *GRID, "--output", copy)
+    assert status == 0, err
+    status, _, err = run(capsys, *GRID, "--base", "adamw", "--output", copy)
+    assert status != 0
+    assert "its --base is sgd, not adamw" in err
+
+
+def test_what_a_network_cannot_do_is_refused_before_the_first_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(GridRun, "train", lambda self: pytest.fail("trained"))
+    args = ["--methods", "sgd", "sam@group-size=1", *SMALL, "--output", tmp_path / "new"]
+    status, _, err = run(capsys, *args)
+    assert status != 0
+    assert "--group-size must be at least 2 for mlp" in err
+
+
 def test_a_finished_comparison_is_not_computed_again(copy, capsys, monkeypatch):
     names = ("runs.csv", "report.md", "comparison.json")
     before = {name: (copy / name).read_text() for name in names}
