@@ -178,7 +178,7 @@ def test_help_shows_the_values_of_a_preset(capsys):
         (["--methd", "sam"], "Unrecognized options: --methd, sam. Did you mean --method?"),
         (["--model", "resnt20"], "there is no model 'resnt20'"),
         (["--dataset", "digitz"], "Did you mean digits?"),
-        (["--dataset", "./nowhere"], "there is no folder nowhere"),
+        (["--dataset", "./nowhere"], "there is no folder /"),
         (["--method", "sgd", "--rho", "0.1"], "--rho has no meaning for --method sgd"),
         (["--method", "sam", "--mu", "2"], "--mu has no meaning for --method sam"),
         (["--base", "adamw", "--momentum", "0"], "--momentum has no meaning for --method bisam"),
