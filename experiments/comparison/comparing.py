@@ -16,7 +16,7 @@ from experiments.comparison.results import Comparison
 from experiments.comparison.table import rows_of, usual_baseline
 from experiments.config.config import option_of
 from experiments.config.recipe import PERTURBATION_OPTIONS, Recipe
-from experiments.run.model import check_model
+from experiments.run.model import model_of
 from experiments.system import files, machine
 from experiments.system.command_line import ArgumentError
 from experiments.system.interruption import Interruption
@@ -50,7 +50,7 @@ def compare(
     """
     asked, examples = grid.recipes, examples_of(grid)  # before anything is written
     for recipe in {recipe.label: recipe for recipe in asked}.values():
-        check_model(recipe, examples.dataset)
+        model_of(recipe, examples.dataset)  # refuses what it cannot do, before the first run
     steps_per_epoch = examples.experiment(asked[0]).steps_per_epoch
     recipes = asked + grid.longer_plain(asked, steps_per_epoch)
     runs = len(recipes) + len({recipe.key[:2] for recipe in recipes}) * grid.confirm

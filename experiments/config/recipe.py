@@ -144,7 +144,7 @@ def resolve(config: Config) -> Recipe:
     _check_perturbed(recipe)
     _check_sizes(recipe)
     if usual.kind != "images":
-        _check_no_images(recipe, usual.kind)
+        check_no_images(recipe, usual.kind)
     return recipe
 
 
@@ -218,8 +218,16 @@ def _check_perturbed(recipe: Recipe) -> None:
             )
 
 
-def _check_no_images(recipe: Recipe, kind: str) -> None:
-    """Refuses what is only for images."""
+def check_no_images(recipe: Recipe, kind: str) -> None:
+    """Refuses what is only for images.
+
+    Args:
+        recipe: the resolved options.
+        kind: what the data set has, in the plural.
+
+    Raises:
+        ArgumentError: if images would be attacked or augmented.
+    """
     if recipe.method_spec.attack:
         raise ArgumentError(
             f"--method {recipe.method} attacks pixels, and {recipe.dataset} has {kind}, not images"
@@ -228,7 +236,7 @@ def _check_no_images(recipe: Recipe, kind: str) -> None:
         if getattr(recipe, name):
             raise ArgumentError(
                 f"{option_of(name)} has no meaning for {recipe.dataset}, which has {kind}, not "
-                "images"
+                f"images: add {'--no-flip' if name == 'flip' else option_of(name) + ' 0'}"
             )
 
 

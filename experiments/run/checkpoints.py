@@ -123,7 +123,7 @@ class Checkpoints:
         )
 
     def parameters(self, step: int) -> dict[str, np.ndarray]:
-        """Returns the parameters at `step` by :func:`name_of`, of whatever network they are.
+        """Returns the parameters at `step`, of whatever network, by their names in the tree.
 
         They may have been saved on other devices.
 
@@ -136,13 +136,12 @@ class Checkpoints:
                 step, args=ocp.args.Composite(fingerprints=ocp.args.JsonRestore())
             )
             params = _read_parameters(self.folder.resolve() / str(step) / "state")
-            sums = {name_of(path): sum_ for path, sum_ in known["fingerprints"].items()}
+            sums = {_name_of(path): sum_ for path, sum_ in known["fingerprints"].items()}
             found = {
-                f"params.{name_of(path)}": sum_ for path, sum_ in _fingerprints(params).items()
+                _name_of(path): sum_ for path, sum_ in _fingerprints({"params": params}).items()
             }
             if found.items() <= sums.items():
-                leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-                return {name_of(jax.tree_util.keystr(path)): leaf for path, leaf in leaves}
+                return by_name(params)
             reason = "the arrays are not those that were saved"
         except Exception as error:  # see restore
             reason = _first_line(error)
@@ -158,8 +157,13 @@ class Checkpoints:
         self._manager.close()
 
 
-def name_of(path: str) -> str:
-    """Returns a path in a tree, as JAX writes it, in the form "blocks.0.kernel"."""
+def by_name(tree: Any) -> dict[str, Any]:
+    """Returns the leaves of a tree by names like "blocks.0.kernel"."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {_name_of(jax.tree_util.keystr(path)): leaf for path, leaf in leaves}
+
+
+def _name_of(path: str) -> str:
     return ".".join(re.findall(r"\w+", path))
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from experiments import data, models
 from experiments.config.methods import ATTACK_STEPS
 from experiments.config.recipe import Recipe
-from experiments.run.model import check_model, model_of
+from experiments.run.model import model_of
 from experiments.run.starting import Start, start_of, started
 from experiments.step import attack, augmentation, evaluation, train_step
 from experiments.step.feeds import Feed, feed_of
@@ -112,7 +112,6 @@ def experiment_of(
     # Groups have their own statistics.
     synchronised = not recipe.in_groups and recipe.batch_statistics == "synchronised"
     init, apply = model_of(recipe, dataset, layout.axis_name if synchronised else None)
-    check_model(recipe, dataset)
     first = jax.eval_shape(init, jax.random.key(0))[0]
     start = start_of(recipe, dataset, first) if start is None else start
     prepare = _prepare(recipe, dataset)

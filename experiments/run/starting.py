@@ -11,7 +11,7 @@ import numpy as np
 from experiments.config.config import TOKENIZER
 from experiments.config.recipe import Recipe
 from experiments.data import Dataset
-from experiments.run.checkpoints import Checkpoints, name_of
+from experiments.run.checkpoints import Checkpoints, by_name
 from experiments.run.folder import RunFolder
 from experiments.system.command_line import ArgumentError
 
@@ -55,9 +55,9 @@ def start_of(recipe: Recipe, dataset: Dataset, params: Any) -> Start:
 
 def started(params: Any, start: Start) -> Any:
     """Returns new parameters, with those of `start` in their places."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.asarray(start.get(name_of(jax.tree_util.keystr(path)), leaf)), params
-    )
+    leaves, tree = jax.tree.flatten(params)
+    taken = [start.get(name, leaf) for name, leaf in zip(by_name(params), leaves, strict=True)]
+    return tree.unflatten(map(jnp.asarray, taken))
 
 
 def _check_tokens(file: Path, dataset: Dataset) -> None:
@@ -69,8 +69,7 @@ def _check_tokens(file: Path, dataset: Dataset) -> None:
 
 
 def _check_shapes(start: Start, params: Any, model: str) -> None:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    there = _without_last({name_of(jax.tree_util.keystr(path)): leaf for path, leaf in leaves})
+    there = _without_last(by_name(params))
     for name in sorted(there | start):
         of_both = [getattr(known.get(name), "shape", "missing") for known in (start, there)]
         if of_both[0] != of_both[1]:
@@ -80,5 +79,5 @@ def _check_shapes(start: Start, params: Any, model: str) -> None:
             )
 
 
-def _without_last(by_name: dict[str, Any]) -> dict[str, Any]:
-    return {name: leaf for name, leaf in by_name.items() if name.split(".")[0] != LAST}
+def _without_last(leaves: dict[str, Any]) -> dict[str, Any]:
+    return {name: leaf for name, leaf in leaves.items() if name.split(".")[0] != LAST}

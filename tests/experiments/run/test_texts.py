@@ -59,7 +59,10 @@ def test_a_stopped_run_resumes_bit_for_bit(folder, tmp_path, stopped_at, monkeyp
     ("options", "message"),
     [
         ({"model": "cnn"}, "--model cnn reads images, which texts has not: use text-bag"),
-        ({"flip": True}, "--flip has no meaning for texts, which has texts: add --no-flip"),
+        (
+            {"flip": True},
+            "--flip has no meaning for texts, which has texts, not images: add --no-flip",
+        ),
         ({"dataset": "digits", "max_length": None}, "--model text-bag reads texts, which digits"),
         ({"dataset": "reuters_r8", "flip": True}, "--flip has no meaning for reuters_r8, which"),
         ({"base": "adamw", "momentum": 0.5}, "--momentum has no meaning for"),
