@@ -163,7 +163,7 @@ TWO_GROUPS = mlp_batch(examples=32)
 
 
 # One whose state is neither counted nor averaged shows what microbatches make of states.
-_DEFAULT = ("bisam", "sparse fisher", "tilted", "look")
+_DEFAULT = ("bisam", "sparse fisher", "look")
 each_grouping = [
     *((name, None) for name in _DEFAULT),
     *(pytest.param(n, None, marks=pytest.mark.slow) for n in METHODS if n not in _DEFAULT),

@@ -13,6 +13,7 @@ from experiments.config.config import Config, SeveralHyperparameters, Task, chec
 from experiments.config.hyperparameters import HYPERPARAMETERS, STRUCTURAL, Range
 from experiments.config.methods import METHODS
 from experiments.config.recipe import PERTURBATION_OPTIONS, Recipe, resolve
+from experiments.step.leaves import PERTURBED
 from experiments.system.command_line import ArgumentError, OrDefault
 from experiments.system.suggestions import did_you_mean
 
@@ -27,7 +28,8 @@ class Grid(SeveralHyperparameters, Task):
 
     methods: tuple[str, ...] = ("sgd", "sam", "bisam-log", "bisam-tanh")
     """Methods of experiments.train. METHOD+log and METHOD+tanh ascend BiSAM's losses.
-    METHOD@group-size=8, METHOD@start-step=1000 and METHOD@every=5 are methods of their own."""
+    METHOD@group-size=8, METHOD@start-step=1000, METHOD@every=5 and METHOD@perturb=norms are
+    methods of their own."""
     seeds: int = 8
     """Number of runs per method and values.
     A seed fixes initialization, example order, augmentation and label noise for all methods."""
@@ -144,7 +146,7 @@ def task_of(asked: Task, recipe: Recipe) -> dict[str, Any]:
     return {name: getattr(recipe, name, getattr(asked, name)) for name in TASK}
 
 
-def parsed(name: str) -> tuple[str, str | None, dict[str, int]]:
+def parsed(name: str) -> tuple[str, str | None, dict[str, Any]]:
     """Returns the parts of "METHOD+LOSS@OPTION=VALUE@...": method, ascended loss and options.
 
     The loss is None if the name gives none.
@@ -163,15 +165,17 @@ def parsed(name: str) -> tuple[str, str | None, dict[str, int]]:
             f"{did_you_mean(base, METHODS)}"
         )
     known = {option_of(option)[2:]: option for option in PERTURBATION_OPTIONS}
-    options = {}
+    options: dict[str, Any] = {}
     for setting in settings:
         option, _, value = setting.partition("=")
-        if option not in known or not value.isdecimal() or known[option] in options:
+        is_number = option != "perturb"
+        fits = value.isdecimal() if is_number else value in PERTURBED
+        if option not in known or not fits or known[option] in options:
             raise ArgumentError(
                 f"--methods has {name!r}: after @ comes each of {', '.join(known)} at most once, "
-                f"with a whole number, as in {base}@every=5"
+                f"with a whole number, as in {base}@every=5, or with {' or '.join(PERTURBED)}"
             )
-        options[known[option]] = int(value)
+        options[known[option]] = int(value) if is_number else value
     return method, perturbation or None, options
 
 

@@ -74,6 +74,12 @@ class Task:
     layer, and with its tokenizer (default: random parameters)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the model's arithmetic. Parameters and statistics are always float32."""
+    freeze: str = ""
+    """Parameters that stay what they are, and are not perturbed: patterns of names, separated by
+    commas, such as "embedding,blocks.0" (default: none)."""
+    lora: int = 0
+    """Rank of LoRA: train low-rank updates of the linear layers' kernels, and the last layer
+    (default: 0, no LoRA)."""
     base: OrDefault[Literal["sgd", "adamw", "lion", "muon"]] = None
     """The base optimizer, with a cosine schedule to zero (default: adamw for transformers and
     text-bag, else sgd). All but sgd decay only matrices that are no embeddings."""
@@ -121,6 +127,9 @@ class Perturbing:
     """Perturb from this step on. Earlier steps are plain and cost one gradient."""
     every: int = 1
     """From then on, perturb every N-th step. The other steps are plain."""
+    perturb: Literal["all", "matrices", "norms"] = "all"
+    """Which trained parameters are perturbed: all; matrices, which are kernels; or norms, which are
+    scales and biases of normalization layers (SAM-ON). All are trained."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +185,7 @@ _RANGES = {
     **dict.fromkeys(("microbatch_size", "batch_size", "max_length"), Range(2)),
     "vocabulary_size": Range(258, 2**31 - 1),
     **dict.fromkeys(("checkpoint_every", "keep_checkpoints", "devices", "fsdp"), Range(1)),
-    **dict.fromkeys(("crop_padding", "workers", "start_step"), Range(0)),
+    **dict.fromkeys(("crop_padding", "workers", "start_step", "lora"), Range(0)),
     **dict.fromkeys(("label_noise", "label_smoothing", "cutout"), Range(0, 1)),
     "seed": Range(0, 2**32 - 1),
 }

@@ -35,6 +35,9 @@ class MethodSpec:
         is_case_of: the method that equals this one if it ascends `ascends`.
         is_plain: whether nothing is perturbed or ascended.
         attack: "linf" or "l2" if images are perturbed instead of weights.
+        ball: the perturbation, with the factory's arguments, if the method is `sharpness_aware`
+            with it. Otherwise the factory may take a `perturbation` in the place of its ball.
+        moves_all: whether the method moves all parameters in a way that no perturbation changes.
         contains_optimizer: whether the base optimizer is part of the method.
         parallel_gradients: whether two gradients can lie on two halves of the devices.
         takes_single_examples: whether a step looks at examples one by one.
@@ -48,6 +51,8 @@ class MethodSpec:
     is_case_of: str | None = None
     is_plain: bool = False
     attack: Literal["linf", "l2"] | None = None
+    ball: Callable[..., optax.GradientTransformation] | None = None
+    moves_all: bool = False
     contains_optimizer: bool = False
     parallel_gradients: bool = False
     takes_single_examples: bool = False
@@ -81,18 +86,27 @@ def _attack(norm: Literal["linf", "l2"]) -> MethodSpec:
 
 METHODS: dict[str, MethodSpec] = {
     "sgd": MethodSpec(optax.identity, options={}, gradients=1, is_plain=True),
-    "sam": MethodSpec(bisam_jax.sam),
-    "asam": MethodSpec(bisam_jax.asam, _options("rho", "eta")),
-    "bisam-log": MethodSpec(bisam_jax.bisam, ascends="log", is_case_of="sam"),
-    "bisam-tanh": MethodSpec(bisam_jax.bisam, ascends="tanh", is_case_of="sam"),
+    "sam": MethodSpec(bisam_jax.sam, ball=bisam_jax.l2_ball),
+    "asam": MethodSpec(bisam_jax.asam, _options("rho", "eta"), ball=bisam_jax.adaptive_l2_ball),
+    "bisam-log": MethodSpec(
+        bisam_jax.bisam, ascends="log", is_case_of="sam", ball=bisam_jax.l2_ball
+    ),
+    "bisam-tanh": MethodSpec(
+        bisam_jax.bisam, ascends="tanh", is_case_of="sam", ball=bisam_jax.l2_ball
+    ),
     "gsam": MethodSpec(bisam_jax.gsam, _options("rho", gsam_alpha="alpha"), gradients_with_q=3),
     "bilateral": MethodSpec(
-        bisam_jax.bilateral_sam, _options("rho_min", rho="rho_max"), gradients=3, gradients_with_q=4
+        bisam_jax.bilateral_sam,
+        _options("rho_min", rho="rho_max"),
+        gradients=3,
+        gradients_with_q=4,
+        moves_all=True,  # a perturbation replaces both balls, of two radii
     ),
     "tilted": MethodSpec(
         bisam_jax.tilted_sam,
         _options("rho", "tilt", "num_samples", noise_radius="radius", noise_scale="scale"),
         gradients=lambda h: 2 * h["num_samples"],
+        moves_all=True,  # by its noise
     ),
     "sparse-fisher": MethodSpec(
         bisam_jax.sparse_sam_fisher,

@@ -15,7 +15,12 @@ from experiments.system.command_line import ArgumentError
 T = TypeVar("T")
 
 # Options of perturbed steps, with the values that change nothing.
-PERTURBATION_OPTIONS: dict[str, Any] = {"group_size": None, "start_step": 0, "every": 1}
+PERTURBATION_OPTIONS: dict[str, Any] = {
+    "group_size": None,
+    "start_step": 0,
+    "every": 1,
+    "perturb": "all",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +40,8 @@ class Recipe:
     label_noise: float
     model: str
     from_checkpoint: str
+    freeze: str
+    lora: int
     precision: str
     base: str
     method: str
@@ -50,6 +57,7 @@ class Recipe:
     microbatch_size: int
     start_step: int
     every: int
+    perturb: str
     batch_statistics: str
     seed: int
 
@@ -123,6 +131,8 @@ def resolve(config: Config) -> Recipe:
         label_noise=config.label_noise,
         model=model,
         from_checkpoint=absolute(config.from_checkpoint),
+        freeze=config.freeze,
+        lora=config.lora,
         precision=config.precision,
         base=base,
         method=config.method,
@@ -138,6 +148,7 @@ def resolve(config: Config) -> Recipe:
         microbatch_size=_given(config.microbatch_size, batch_size),
         start_step=config.start_step,
         every=config.every,
+        perturb=config.perturb,
         batch_statistics=config.batch_statistics,
         seed=config.seed,
     )
@@ -211,7 +222,13 @@ def _check_perturbed(recipe: Recipe) -> None:
                 f"{option_of(name)} has no meaning for --method {recipe.method}: nothing is "
                 "perturbed"
             )
-        if recipe.method_spec.contains_optimizer:
+        if name == "perturb":
+            if recipe.method_spec.moves_all:
+                raise ArgumentError(
+                    f"--perturb {recipe.perturb} cannot be used with --method {recipe.method}, "
+                    "which moves all parameters"
+                )
+        elif recipe.method_spec.contains_optimizer:
             raise ArgumentError(
                 f"{option_of(name)} cannot be used with --method {recipe.method}, which contains "
                 "the base optimizer: its steps are whole updates, not gradients"

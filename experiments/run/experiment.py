@@ -11,11 +11,12 @@ import jax.numpy as jnp
 from experiments import data, models
 from experiments.config.methods import ATTACK_STEPS
 from experiments.config.recipe import Recipe
-from experiments.run.model import model_of
+from experiments.run.model import model_of, trained_of
 from experiments.run.starting import Start, start_of, started
 from experiments.step import attack, augmentation, evaluation, train_step
 from experiments.step.feeds import Feed, feed_of
 from experiments.step.layout import Layout
+from experiments.step.leaves import TrainedPart
 from experiments.step.method import BuiltMethod, base_optimizer, build_method, learning_rate
 from experiments.step.parallelism import over_devices
 from experiments.step.train_step import StepOnStored, TrainState
@@ -113,6 +114,7 @@ def experiment_of(
     synchronised = not recipe.in_groups and recipe.batch_statistics == "synchronised"
     init, apply = model_of(recipe, dataset, layout.axis_name if synchronised else None)
     first = jax.eval_shape(init, jax.random.key(0))[0]
+    trained = trained_of(recipe, first)
     start = start_of(recipe, dataset, first) if start is None else start
     prepare = _prepare(recipe, dataset)
     method_of = _method_of(recipe, dataset, layout, steps_per_epoch * recipe.epochs)
@@ -122,17 +124,17 @@ def experiment_of(
         init_key, method_key, key = jax.random.split(key, 3)
         params, stats = init(init_key)
         params = started(params, start)
-        return train_step.init_state(params, stats, method_of(values, method_key), key)
+        return train_step.init_state(params, stats, method_of(values, method_key), key, trained)
 
     def on_stored(step: train_step.Step) -> StepOnStored:
         return lambda state, stored: step(state, train_step.prepared(stored, prepare, state))
 
     def step_of(values: Any) -> StepOnStored:
-        return on_stored(_step(recipe, dataset, apply, method_of(values, 0), values))
+        return on_stored(_step(recipe, dataset, apply, trained, method_of(values, 0), values))
 
     method = method_of(recipe.hyperparameters, 0)
     shared = (layout.axis_name, layout.parts_of_program)
-    own = _step(recipe, dataset, apply, method, recipe.hyperparameters, *shared)
+    own = _step(recipe, dataset, apply, trained, method, recipe.hyperparameters, *shared)
     predict = evaluation.make_predict(apply, _normalise(dataset))
     sums = evaluation.make_sums(predict)
     steps_at_once = min(_steps_at_once(recipe, dataset), steps_per_epoch)
@@ -176,6 +178,7 @@ def _method_of(
             batch_like=train_step.Batch(images, integers, integers),
             key=key,
             gradient_axis=layout.gradient_axis,
+            perturb=recipe.perturb,
         )
 
     return method_of
@@ -185,6 +188,7 @@ def _step(
     recipe: Recipe,
     dataset: data.Dataset,
     apply: models.Apply,
+    trained: TrainedPart,
     method: BuiltMethod,
     values: Any,
     axis_name: str | None = None,
@@ -200,6 +204,7 @@ def _step(
         group_size=recipe.group_size if recipe.in_groups else None,
         microbatch_size=recipe.microbatch_size // parts if recipe.in_microbatches else None,
         axis_name=axis_name,
+        trained=trained,
     )
     if (norm := recipe.method_spec.attack) is None:
         return step

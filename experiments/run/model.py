@@ -1,10 +1,16 @@
 """The model of a recipe, and whether it fits the data."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from experiments import data, models
 from experiments.config.recipe import Recipe, check_no_images
+from experiments.models.lora import LORA, with_lora
+from experiments.models.trees import Path, flat
+from experiments.run.starting import LAST
+from experiments.step.leaves import PERTURBED, TrainedPart, matches
 from experiments.system.command_line import ArgumentError
 
 
@@ -35,6 +41,9 @@ def model_of(
             axis_name=axis_name,
             **options,
         )
+        if recipe.lora:
+            init, apply = with_lora(init, apply, recipe.lora)
+            jax.eval_shape(init, jax.random.key(0))
     except (ValueError, TypeError) as error:
         raise ArgumentError(f"--model {recipe.model}: {error}") from error
     if recipe.group_size == 1 and jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))[1]):
@@ -43,3 +52,39 @@ def model_of(
             "variance of one example"
         )
     return init, apply
+
+
+def trained_of(recipe: Recipe, params: Any) -> TrainedPart:
+    """Returns which parameters the recipe trains: with LoRA, its updates and the last layer.
+
+    Args:
+        recipe: the resolved options.
+        params: parameters, or their shapes.
+
+    Raises:
+        ArgumentError: if a pattern of `--freeze` matches nothing, or nothing is left to train or
+            to perturb.
+    """
+
+    def is_frozen(path: Path) -> bool:
+        of_lora = recipe.lora > 0 and path[0] not in (LORA, LAST)
+        return of_lora or matches(path, recipe.freeze)
+
+    leaves = flat(params)
+    for pattern in filter(None, recipe.freeze.split(",")):
+        if not any(matches(path, pattern) for path in leaves):
+            known = ", ".join(dict.fromkeys(str(path[0]) for path in leaves))
+            raise ArgumentError(
+                f"--freeze {pattern} matches no parameter of {recipe.model}, whose names begin "
+                f"with {known}"
+            )
+    if all(map(is_frozen, leaves)):
+        raise ArgumentError(f"--freeze {recipe.freeze} leaves nothing to train")
+    trained = TrainedPart(params, is_frozen)
+    if recipe.perturb != "all":
+        perturbed = PERTURBED[recipe.perturb](trained.of(params))
+        if not any(jax.tree.leaves(perturbed)):
+            raise ArgumentError(
+                f"--perturb {recipe.perturb} leaves nothing to perturb: {recipe.model} trains none"
+            )
+    return trained

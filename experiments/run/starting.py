@@ -11,6 +11,7 @@ import numpy as np
 from experiments.config.config import TOKENIZER
 from experiments.config.recipe import Recipe
 from experiments.data import Dataset
+from experiments.models.lora import LORA, without_lora
 from experiments.run.checkpoints import Checkpoints, by_name
 from experiments.run.folder import RunFolder
 from experiments.system.command_line import ArgumentError
@@ -48,7 +49,7 @@ def start_of(recipe: Recipe, dataset: Dataset, params: Any) -> Start:
     with contextlib.closing(Checkpoints(folder.checkpoints, keep=None)) as checkpoints:
         step = checkpoints.best_step()
         assert step is not None
-        start = _without_last(checkpoints.parameters(step))
+        start = _without_last(_without_lora(checkpoints.parameters(step)))
     _check_shapes(start, params, recipe.model)
     return start
 
@@ -80,4 +81,12 @@ def _check_shapes(start: Start, params: Any, model: str) -> None:
 
 
 def _without_last(leaves: dict[str, Any]) -> dict[str, Any]:
-    return {name: leaf for name, leaf in leaves.items() if name.split(".")[0] != LAST}
+    # New updates of LoRA begin anew, as the last layer does.
+    new = (LAST, LORA)
+    return {name: leaf for name, leaf in leaves.items() if name.split(".")[0] not in new}
+
+
+def _without_lora(leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the parameters without LoRA, if the earlier run trained with it."""
+    whole = without_lora({tuple(name.split(".")): leaf for name, leaf in leaves.items()})
+    return {".".join(path): leaf for path, leaf in whole.items()}

@@ -2,18 +2,17 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
 import bisam_jax
-from experiments.config.methods import BASE_OPTIMIZERS, METHODS, PERTURBATIONS
+from experiments.config.methods import BASE_OPTIMIZERS, METHODS, PERTURBATIONS, MethodSpec
+from experiments.step.leaves import PERTURBED, Where, are_matrices, muon_dimensions
 
 PerExampleLoss = Callable[[jax.Array, jax.Array], jax.Array]
-# Names of parameters that are vectors of tokens and places, or of the class token.
-_EMBEDDED = {"embedding", "positions", "class_token"}
 
 
 class BuiltMethod(NamedTuple):
@@ -62,40 +61,14 @@ def base_optimizer(
                 optax.sgd(schedule, momentum=hyperparameters["momentum"]),
             )
         case "adamw":
-            return optax.adamw(schedule, weight_decay=decay, mask=_are_decayed)
+            return optax.adamw(schedule, weight_decay=decay, mask=are_matrices)
         case "lion":
-            return optax.lion(schedule, weight_decay=decay, mask=_are_decayed)
+            return optax.lion(schedule, weight_decay=decay, mask=are_matrices)
         case "muon":
             return optax.contrib.muon(
-                schedule, weight_decay=decay, muon_weight_dimension_numbers=_are_orthogonalized
+                schedule, weight_decay=decay, muon_weight_dimension_numbers=muon_dimensions
             )
     raise ValueError(f"base must be one of {', '.join(BASE_OPTIMIZERS)}, got {name!r}")
-
-
-def _are_decayed(params: Any) -> Any:
-    """Returns which leaves decay: kernels, but no biases, norms, embeddings or positions."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.ndim > 1 and not _EMBEDDED & _names(path[-1:]), params
-    )
-
-
-def _are_orthogonalized(params: Any) -> Any:
-    """Returns the axes of the matrices that Muon changes. Adam, without decay, has the others.
-
-    As its authors do, embeddings and the last layer are left to Adam.
-    """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: (
-            optax.contrib.MuonDimensionNumbers()
-            if leaf.ndim == 2 and not {*_EMBEDDED, "head"} & _names(path)
-            else None
-        ),
-        params,
-    )
-
-
-def _names(path: Sequence[Any]) -> set[Any]:
-    return {getattr(key, "key", None) for key in path}
 
 
 def build_method(
@@ -107,6 +80,7 @@ def build_method(
     batch_like: Any = None,
     key: jax.Array | int = 0,
     gradient_axis: str | None = None,
+    perturb: str = "all",
 ) -> BuiltMethod:
     """Returns the method `name`, ascending `perturbation`, before the base `optimizer`.
 
@@ -118,6 +92,7 @@ def build_method(
         batch_like: a batch or its shapes, for methods that keep one.
         key: random key, for methods that draw.
         gradient_axis: mesh axis over which two parallel gradients lie.
+        perturb: which parameters are perturbed: "all" or a key of `PERTURBED`.
     """
     spec = METHODS[name]
     loss = None if not spec.perturbs_weights else _perturbation_loss(perturbation, hyperparameters)
@@ -133,7 +108,26 @@ def build_method(
     for option, argument in spec.options.items():
         arguments[argument] = hyperparameters[option]
     own = optax.identity() if spec.contains_optimizer else optimizer
-    return BuiltMethod(spec.factory(**arguments), own, loss)
+    if perturb == "all":
+        return BuiltMethod(spec.factory(**arguments), own, loss)
+    return BuiltMethod(_perturbing(spec, arguments, PERTURBED[perturb]), own, loss)
+
+
+def _perturbing(
+    spec: MethodSpec, arguments: dict[str, Any], where: Where
+) -> optax.GradientTransformation:
+    """Returns a method that perturbs only some leaves. The ball is that of these leaves."""
+
+    def others(params: Any) -> Any:
+        return jax.tree.map(lambda chosen: not chosen, where(params))
+
+    def only(ball: optax.GradientTransformation) -> optax.GradientTransformation:
+        return optax.chain(optax.masked(optax.set_to_zero(), others), ball)
+
+    if spec.ball is not None:
+        return bisam_jax.sharpness_aware(only(spec.ball(**arguments)))
+    ball = bisam_jax.l2_ball(arguments.pop("rho"))
+    return spec.factory(**arguments, perturbation=only(ball))
 
 
 def _perturbation_loss(name: str, h: Mapping[str, Any]) -> PerExampleLoss | None:

@@ -9,6 +9,7 @@ import optax
 
 import bisam_jax
 from experiments.data import Split
+from experiments.step.leaves import TrainedPart
 from experiments.step.method import BuiltMethod, PerExampleLoss
 
 
@@ -51,6 +52,7 @@ Step = Callable[[TrainState, Batch], tuple[TrainState, jax.Array]]
 StepOnStored = Callable[[TrainState, Split], tuple[TrainState, jax.Array]]
 Prepare = Callable[[jax.Array, jax.Array], jax.Array]
 When = Callable[[Any], Any]
+ALL = TrainedPart()
 
 
 def keys_of(state: TrainState) -> Keys:
@@ -58,15 +60,18 @@ def keys_of(state: TrainState) -> Keys:
     return Keys(*jax.random.split(state.key, len(Keys._fields)))
 
 
-def init_state(params: Any, stats: Any, method: BuiltMethod, key: jax.Array) -> TrainState:
-    """Returns the state before the first step."""
+def init_state(
+    params: Any, stats: Any, method: BuiltMethod, key: jax.Array, trained: TrainedPart = ALL
+) -> TrainState:
+    """Returns the state before the first step. Frozen parameters have no state."""
+    own = trained.of(params)
     return TrainState(
         step=jnp.zeros([], jnp.int32),
         key=key,
         params=params,
         stats=stats,
-        method=method.transformation.init(params),
-        optimizer=method.optimizer.init(params),
+        method=method.transformation.init(own),
+        optimizer=method.optimizer.init(own),
     )
 
 
@@ -111,6 +116,7 @@ def make_step(
     group_size: int | None = None,
     microbatch_size: int | None = None,
     axis_name: str | None = None,
+    trained: TrainedPart = ALL,
 ) -> Step:
     """Makes a step on one batch, which returns the new state and the clean training loss.
 
@@ -126,13 +132,14 @@ def make_step(
         microbatch_size: number of examples in memory at once; None for all.
         axis_name: axis of the devices that share the batch, if each of them runs this step. Both
             sizes then count the examples of one device.
+        trained: which parameters are trained. Only these have gradients and are perturbed.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, jax.Array]:
         forward = _forward(apply, state, microbatch_size or len(batch.labels))
 
         def logits_fn(params: Any, part: Batch) -> tuple[jax.Array, Any]:
-            logits, stats = forward(params, part)
+            logits, stats = forward(trained.into(state.params, params), part)
             return logits, (loss(logits, part.labels).mean(), stats)
 
         def loss_fn(per_example: PerExampleLoss) -> Callable:
@@ -151,13 +158,14 @@ def make_step(
             microbatch_size=microbatch_size,
             axis_name=axis_name,
         )
+        own = trained.of(state.params)
         (_, (mean_loss, stats)), grads, method_state = value_and_grad(
-            state.params, state.method, batch, step=state.step
+            own, state.method, batch, step=state.step
         )
-        updates, optimizer_state = method.optimizer.update(grads, state.optimizer, state.params)
+        updates, optimizer_state = method.optimizer.update(grads, state.optimizer, own)
         new_state = state._replace(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=trained.into(state.params, optax.apply_updates(own, updates)),
             stats=stats,
             method=method_state,
             optimizer=optimizer_state,

@@ -116,7 +116,7 @@ def test_a_termination_of_one_process_saves_in_all(single, tmp_path):
 
 @slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_when_one_process_is_killed_the_other_ends_with_a_message(victim, single, tmp_path):
+def test_when_one_process_is_killed_the_other_ends_with_a_message(victim, tmp_path):
     folder = tmp_path / "run"
     processes = start_together(*LONG, "--output", folder, cwd=tmp_path)
     when_saved(folder, processes, 100)
@@ -127,9 +127,6 @@ def test_when_one_process_is_killed_the_other_ends_with_a_message(victim, single
     assert processes[1 - victim].returncode != 0
     assert f"--resume {folder}" in err.splitlines()[-1]
     processes[victim].communicate()
-    if victim == 0:  # the same checkpoints remain
-        ends([start("--resume", folder, "--devices", 2, cwd=tmp_path, devices=2, quick=True)])
-        assert_same_run(folder, single)
 
 
 def test_processes_with_different_options_end(tmp_path):
@@ -140,18 +137,13 @@ def test_processes_with_different_options_end(tmp_path):
 
 
 @slow
-@pytest.mark.parametrize(
-    ("folders", "message"),
-    [(["data", "other"], "the same data: process 1"), (["data", "none"], "process 1: ")],
-    ids=["other", "none"],
-)
-def test_processes_with_different_data_end(folders, message, tmp_path):
+def test_processes_with_different_data_end(tmp_path):
     for folder, encoding in {"data": "png", "other": "jpeg"}.items():
         tiny_dataset.write(tmp_path / folder, encoding=encoding)
     options = ["--dataset", "tiny", "--model", "mlp", "--batch-size", 8]
-    own = [["--data-dir", tmp_path / folder] for folder in folders]
+    own = [["--data-dir", tmp_path / folder] for folder in ("data", "other")]
     for _, err in ends(start_together(*options, cwd=tmp_path, own=own), status=2):
-        assert message in err
+        assert "the same data: process 1" in err
 
 
 @slow
