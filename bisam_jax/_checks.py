@@ -9,6 +9,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
+from bisam_jax._keys import is_key
+
 
 def check_scalar(
     name: str,
@@ -103,16 +105,6 @@ def check_key(key: Any) -> None:
             "key must be one random key, such as jax.random.key(0), or an integer seed, got "
             f"{key!r}."
         )
-
-
-def as_key(key: Any) -> jax.Array:
-    """Returns a random key: the given one, or one made from an integer seed."""
-    return key if is_key(key) else jax.random.key(key)
-
-
-def is_key(key: Any) -> bool:
-    """Returns whether `key` is an array of random keys."""
-    return isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
 
 
 def check_transformation(name: str, value: Any) -> None:

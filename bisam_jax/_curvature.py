@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from bisam_jax._batches import Batch, BatchLossFn
-from bisam_jax._checks import as_key, check_count, check_key, check_static
+from bisam_jax._checks import check_count, check_key, check_static
 from bisam_jax._estimates import Estimate, check_probes, estimate_of
+from bisam_jax._keys import as_key
 from bisam_jax._lanczos import flattened, lanczos, matfree
 from bisam_jax._products import ProductOf, hessian_product
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from bisam_jax._balls import l2_ball_unless
-from bisam_jax._checks import as_key, check_count, check_key, check_same_structure, check_scalar
+from bisam_jax._checks import check_count, check_key, check_same_structure, check_scalar
+from bisam_jax._keys import as_key
 from bisam_jax._sharpness_aware import sharpness_aware
 from bisam_jax._top_k import masked, number_of, size_of, top_k_mask
 from bisam_jax._trees import float_part

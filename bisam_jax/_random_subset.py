@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from bisam_jax._checks import as_key, check_key, check_same_structure, check_scalar
+from bisam_jax._checks import check_key, check_same_structure, check_scalar
+from bisam_jax._keys import key_data_of
 
 
 class RandomSubsetState(NamedTuple):
     """State of :func:`random_subset`.
 
     Attributes:
-        subset_key: random key from which the next subset is drawn.
+        subset_key: data of the random key (uint32) from which the next subset is drawn.
     """
 
     subset_key: jax.Array
@@ -54,11 +55,11 @@ def random_subset(
     """
     check_scalar("beta", beta, minimum=0.0, maximum=1.0, exclusive=True)
     check_key(key)
+    kept = key_data_of(key)
 
     def init_fn(params: optax.Params) -> RandomSubsetState:
         del params
-        # A new key: donating the state must not delete the caller's key.
-        return RandomSubsetState(jax.random.fold_in(as_key(key), 0))
+        return RandomSubsetState(kept.first())
 
     def update_fn(
         updates: optax.Updates,
@@ -69,7 +70,7 @@ def random_subset(
         **extra_args: Any,
     ) -> tuple[optax.Updates, RandomSubsetState]:
         del params, extra_args
-        next_key, draw_key = jax.random.split(state.subset_key)
+        next_key, draw_key = jax.random.split(kept.as_key(state.subset_key))
         if subset is None:
             leaves, structure = jax.tree.flatten(updates)
             keys = jax.random.split(draw_key, max(len(leaves), 1))
@@ -81,6 +82,6 @@ def random_subset(
         eps = jax.tree.map(
             lambda m, u: jnp.where(m, u / jnp.asarray(beta, u.dtype), 0), subset, updates
         )
-        return eps, RandomSubsetState(next_key)
+        return eps, RandomSubsetState(jax.random.key_data(next_key))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

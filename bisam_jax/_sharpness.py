@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 
 from bisam_jax._batches import Batch, BatchLoss, BatchLossFn
-from bisam_jax._checks import as_key, check_count, check_static, check_transformation
+from bisam_jax._checks import check_count, check_static, check_transformation
 from bisam_jax._estimates import Estimate, check_probes, estimate_of
+from bisam_jax._keys import as_key
 from bisam_jax._means import Mean, mean_over
 from bisam_jax._trees import float_part, merge, perturb
 

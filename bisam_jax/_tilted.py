@@ -11,13 +11,13 @@ import optax
 from bisam_jax._balls import l2_ball_unless
 from bisam_jax._boundary import TwoLosses, from_rule
 from bisam_jax._checks import (
-    as_key,
     check_count,
     check_key,
     check_same_structure,
     check_scalar,
     check_static,
 )
+from bisam_jax._keys import key_data_of
 from bisam_jax._trees import float_part, global_norm, perturb, scale_to_norm
 
 
@@ -25,7 +25,7 @@ class TiltedState(NamedTuple):
     """State of :func:`tilted_sam`.
 
     Attributes:
-        tilted_key: random key from which the noise of the next step is drawn.
+        tilted_key: data of the random key (uint32) from which the noise of the next step is drawn.
         tilted_ball: state of the ball; empty for a constant radius.
     """
 
@@ -107,12 +107,12 @@ def tilted_sam(
     check_static("num_samples", num_samples)
     check_count("num_samples", num_samples)
     check_key(key)
+    kept = key_data_of(key)
     ball = l2_ball_unless(perturbation, rho)
     mean = _mean_together if together else _mean_one_by_one
 
     def init_fn(params: optax.Params) -> TiltedState:
-        # A new key: donating the state must not delete the caller's key.
-        return TiltedState(jax.random.fold_in(as_key(key), 0), ball.init(params))
+        return TiltedState(kept.first(), ball.init(params))
 
     def rule(
         losses: TwoLosses,
@@ -122,7 +122,7 @@ def tilted_sam(
         noise: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, TiltedState]:
-        next_key, draw_key = jax.random.split(state.tilted_key)
+        next_key, draw_key = jax.random.split(kept.as_key(state.tilted_key))
         draw = functools.partial(_standard_normal, draw_key, params)
         if noise is not None:
             draw = functools.partial(_sample_of, _checked_noise(noise, params, int(num_samples)))
@@ -137,7 +137,7 @@ def tilted_sam(
             return tilt * loss, gradient, ball_state
 
         gradient, ball_state = mean(sample, int(num_samples))
-        return gradient, TiltedState(next_key, ball_state)
+        return gradient, TiltedState(jax.random.key_data(next_key), ball_state)
 
     return from_rule(init_fn, rule)
 
