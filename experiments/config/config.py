@@ -16,6 +16,8 @@ from experiments.system.command_line import ArgumentError, OrDefault, preset_val
 
 # In the folder of a run on texts.
 TOKENIZER = "tokenizer.json"
+# Hyperparameters that may change when a run is resumed: they save a run that diverges.
+CHANGEABLE = ("learning_rate", "rho")
 
 if TYPE_CHECKING:
     MethodName = str
@@ -74,6 +76,9 @@ class Task:
     layer, and with its tokenizer (default: random parameters)."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the model's arithmetic. Parameters and statistics are always float32."""
+    weights: str = ""
+    """A file model.safetensors of pretrained weights for bert-* or vit_*, in Hugging Face's layout.
+    Start from these, except the last layer (default: random parameters)."""
     freeze: str = ""
     """Parameters that stay what they are, and are not perturbed: patterns of names, separated by
     commas, such as "embedding,blocks.0" (default: none)."""

@@ -9,7 +9,7 @@ from experiments.config.config import Config, absolute, named_absolutely, option
 from experiments.config.hyperparameters import HYPERPARAMETERS
 from experiments.config.methods import BASE_OPTIMIZERS, METHODS, PERTURBATIONS, MethodSpec
 from experiments.data import dataset_spec
-from experiments.models import architecture
+from experiments.models import ARCHITECTURES, architecture
 from experiments.system.command_line import ArgumentError
 
 T = TypeVar("T")
@@ -40,6 +40,7 @@ class Recipe:
     label_noise: float
     model: str
     from_checkpoint: str
+    weights: str
     freeze: str
     lora: int
     precision: str
@@ -131,6 +132,7 @@ def resolve(config: Config) -> Recipe:
         label_noise=config.label_noise,
         model=model,
         from_checkpoint=absolute(config.from_checkpoint),
+        weights=absolute(config.weights),
         freeze=config.freeze,
         lora=config.lora,
         precision=config.precision,
@@ -152,6 +154,7 @@ def resolve(config: Config) -> Recipe:
         batch_statistics=config.batch_statistics,
         seed=config.seed,
     )
+    _check_start(recipe)
     _check_perturbed(recipe)
     _check_sizes(recipe)
     if usual.kind != "images":
@@ -212,6 +215,17 @@ def differences(config: Config) -> list[tuple[str, str, str]]:
         if (value := getattr(values, field.name))
         != (default := first.get(field.name, getattr(defaults, field.name)))
     ]
+
+
+def _check_start(recipe: Recipe) -> None:
+    """Refuses weights that are not for this model."""
+    if not recipe.weights:
+        return
+    if recipe.from_checkpoint:
+        raise ArgumentError("--weights and --from-checkpoint both give a start: remove one of them")
+    if architecture(recipe.model).family is None:
+        known = [name for name, model in ARCHITECTURES.items() if model.family]
+        raise ArgumentError(f"--weights needs --model {', '.join(known)}, got {recipe.model}")
 
 
 def _check_perturbed(recipe: Recipe) -> None:

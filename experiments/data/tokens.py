@@ -11,6 +11,8 @@ from experiments.data.splits import DatasetError
 # Ids of the padding and of the token before every text: no text is empty.
 PADDING, START = 0, 1
 _SPECIAL = ("[PAD]", "[START]")
+# In a tokenizer of BERT's, which puts it before every text itself.
+_CLASS = "[CLS]"
 BYTES = "bytes"
 SUBWORD = "subword"
 VOCABULARY_SIZE = 8192
@@ -20,7 +22,7 @@ class Tokens:
     """Turns texts into ids.
 
     Args:
-        content: a tokenizer of the package `tokenizers` as JSON, or "bytes".
+        content: a tokenizer of the package `tokenizers` as JSON, fitted here or BERT's; or "bytes".
 
     Attributes:
         content: see Args.
@@ -36,17 +38,28 @@ class Tokens:
         # The text "[PAD]" is text.
         self._subwords.encode_special_tokens = True
         self.vocabulary = self._subwords.get_vocab_size()
-        if [self._subwords.token_to_id(name) for name in _SPECIAL] != [PADDING, START]:
-            raise ValueError(f"its first tokens should be {' and '.join(_SPECIAL)}")
+        ids = [self._subwords.token_to_id(name) for name in (*_SPECIAL, _CLASS)]
+        self._is_berts = ids[0] == PADDING and ids[2] is not None
+        if not (self._is_berts or ids[:2] == [PADDING, START]):
+            raise ValueError(
+                f"its first token should be {_SPECIAL[0]}, and there should be {_CLASS}, or "
+                f"{_SPECIAL[1]} in the second place"
+            )
 
     def ids(self, texts: Sequence[str], length: int) -> np.ndarray:
         """Returns the first ids of each text: uint16 or int32[texts, length], filled with 0."""
+        dtype = np.uint16 if self.vocabulary <= 2**16 else np.int32
+        ids = np.full((len(texts), length), PADDING, dtype)
+        if self._subwords is not None and self._is_berts:
+            self._subwords.no_padding()
+            self._subwords.enable_truncation(length)  # and the last token stays
+            for row, encoded in zip(ids, self._subwords.encode_batch(list(texts)), strict=True):
+                row[: len(encoded.ids)] = encoded.ids
+            return ids
         if self._subwords is None:
             known = [[len(_SPECIAL) + byte for byte in text.encode()] for text in texts]
         else:
             known = [encoded.ids for encoded in self._subwords.encode_batch(list(texts))]
-        dtype = np.uint16 if self.vocabulary <= 2**16 else np.int32
-        ids = np.full((len(texts), length), PADDING, dtype)
         for row, tokens in zip(ids, known, strict=True):
             row[0] = START
             row[1 : 1 + len(tokens)] = tokens[: length - 1]
@@ -58,7 +71,7 @@ def tokens_for(request: str, texts: Iterable[str], vocabulary_size: int | None =
 
     Args:
         request: "subword", for byte-level byte-pair encoding fitted on `texts`; "bytes"; or the
-            path of a tokenizer.json that an earlier run left.
+            path of a tokenizer.json, of an earlier run or of a pretrained BERT.
         texts: the training texts.
         vocabulary_size: largest number of subwords, at least 258; None for 8,192.
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from experiments.models.bert import Bert
 from experiments.models.cifar_resnet import CifarResNet
 from experiments.models.cnn import CNN
 from experiments.models.cnn1d import CNN1D
@@ -41,12 +42,19 @@ class Architecture(NamedTuple):
             activations.
         reads_texts: whether its inputs are tokens; None if they may be.
         base: the usual base optimizer.
+        family: the layout of its pretrained weights, a key of `hugging_face.FAMILIES`; None if
+            there is none.
     """
 
     module: Callable[..., nnx.Module]
     weighs_more_than_batches: bool = False
     reads_texts: bool | None = False
     base: str = "sgd"
+    family: str | None = None
+
+
+def _bert(**sizes: int) -> Architecture:
+    return Architecture(partial(Bert, **sizes), reads_texts=True, base="adamw", family="bert")
 
 
 ARCHITECTURES = {
@@ -65,8 +73,9 @@ ARCHITECTURES = {
     "resnet18": Architecture(partial(ResNet, blocks=(2, 2, 2, 2), bottleneck=False)),
     "resnet50": Architecture(partial(ResNet, blocks=(3, 4, 6, 3), bottleneck=True)),
     # Patches are embedded by a linear map.
-    "vit_tiny": Architecture(partial(ViT, width=192, heads=3), base="adamw"),
-    "vit_small": Architecture(partial(ViT, width=384, heads=6), base="adamw"),
+    "vit_tiny": Architecture(partial(ViT, width=192, heads=3), base="adamw", family="vit"),
+    "vit_small": Architecture(partial(ViT, width=384, heads=6), base="adamw", family="vit"),
+    "vit_base": Architecture(partial(ViT, width=768, heads=12), base="adamw", family="vit"),
     "text-bag": Architecture(TextBag, reads_texts=True, base="adamw"),
     "text-transformer": Architecture(
         partial(TextTransformer, width=128, heads=4, depth=2), reads_texts=True, base="adamw"
@@ -74,6 +83,9 @@ ARCHITECTURES = {
     "text-transformer-small": Architecture(
         partial(TextTransformer, width=256, heads=8, depth=4), reads_texts=True, base="adamw"
     ),
+    "bert-tiny": _bert(width=128, heads=2, depth=2),
+    "bert-small": _bert(width=512, heads=8, depth=4),
+    "bert-base": _bert(width=768, heads=12, depth=12),
 }
 
 

@@ -18,24 +18,34 @@ def linear(n_in: int, n_out: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Li
     return nnx.Linear(n_in, n_out, kernel_init=INIT, dtype=dtype, rngs=rngs)
 
 
-def layer_norm(width: int, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def layer_norm(width: int, epsilon: float = 1e-6, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
     """Makes a float32 layer normalization. The linear layer after it casts to its own dtype."""
-    return nnx.LayerNorm(width, epsilon=1e-6, dtype=jnp.float32, rngs=rngs)
+    return nnx.LayerNorm(width, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
 
 
 class TransformerBlock(nnx.Module):
     """Self-attention and a perceptron of ratio 4, each after a layer normalization."""
 
-    def __init__(self, width: int, heads: int, *, dtype: DTypeLike, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        epsilon: float = 1e-6,
+        *,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ) -> None:
         self.heads = heads
-        self.norm_1 = layer_norm(width, rngs=rngs)
+        self.norm_1 = layer_norm(width, epsilon, rngs=rngs)
         self.query_key_value = linear(width, 3 * width, dtype=dtype, rngs=rngs)
         self.projection = linear(width, width, dtype=dtype, rngs=rngs)
-        self.norm_2 = layer_norm(width, rngs=rngs)
+        self.norm_2 = layer_norm(width, epsilon, rngs=rngs)
         self.widen = linear(width, 4 * width, dtype=dtype, rngs=rngs)
         self.narrow = linear(4 * width, width, dtype=dtype, rngs=rngs)
 
-    def attention(self, x: jax.Array, there: jax.Array | None, rotate: Rotate) -> jax.Array:
+    def attention(
+        self, x: jax.Array, there: jax.Array | None, rotate: Rotate = lambda x: x
+    ) -> jax.Array:
         """Mixes tokens, each with all that are there: [batch, tokens, width] to the same shape."""
         batch, tokens, width = x.shape
         qkv = self.query_key_value(x).reshape(batch, tokens, 3, self.heads, width // self.heads)

@@ -11,8 +11,11 @@ import numpy as np
 from experiments.config.config import TOKENIZER
 from experiments.config.recipe import Recipe
 from experiments.data import Dataset
+from experiments.models import architecture
+from experiments.models.hugging_face import FAMILIES, from_hugging_face, read_weights
 from experiments.models.lora import LORA, without_lora
-from experiments.run.checkpoints import Checkpoints, by_name
+from experiments.run.arrays import by_name
+from experiments.run.checkpoints import Checkpoints
 from experiments.run.folder import RunFolder
 from experiments.system.command_line import ArgumentError
 
@@ -25,18 +28,21 @@ Start = dict[str, np.ndarray]
 def start_of(recipe: Recipe, dataset: Dataset, params: Any) -> Start:
     """Returns the parameters to start from, without the last layer's; none for a random start.
 
-    They are those of the best epoch. The data of that run are not read.
+    They are pretrained weights, or those of the best epoch of a run, whose data are not read.
 
     Args:
-        recipe: names the folder of the earlier run.
+        recipe: names the file of weights, or the folder of the earlier run.
         dataset: what is trained on.
         params: shapes of the parameters of the new run.
 
     Raises:
-        ArgumentError: if it is no run folder, has no checkpoint, or is of another network or of
+        ArgumentError: if the weights cannot be read or are of another network; if it is no run
+            folder, has no checkpoint, or is of another network or of
             other tokens.
         CheckpointError: if the checkpoint cannot be read.
     """
+    if recipe.weights:
+        return _pretrained(recipe, params)
     if not recipe.from_checkpoint:
         return {}
     folder = RunFolder(Path(recipe.from_checkpoint))
@@ -59,6 +65,15 @@ def started(params: Any, start: Start) -> Any:
     leaves, tree = jax.tree.flatten(params)
     taken = [start.get(name, leaf) for name, leaf in zip(by_name(params), leaves, strict=True)]
     return tree.unflatten(map(jnp.asarray, taken))
+
+
+def _pretrained(recipe: Recipe, params: Any) -> Start:
+    names = FAMILIES[architecture(recipe.model).family or ""]
+    asked = {name: leaf.shape for name, leaf in _without_last(by_name(params)).items()}
+    try:
+        return from_hugging_face(read_weights(recipe.weights), names, asked)
+    except ValueError as error:
+        raise ArgumentError(f"--weights: {error}") from error
 
 
 def _check_tokens(file: Path, dataset: Dataset) -> None:

@@ -99,7 +99,7 @@ def test_bad_requests(options, message, folder):
 def test_a_tokenizer_with_other_first_tokens_is_refused(folder, tmp_path):
     content = tokens_for("subword", TEXTS, 270).content.replace("[START]", "[OTHER]")
     (tmp_path / "other.json").write_text(content)
-    with pytest.raises(data.DatasetError, match=r"its first tokens should be \[PAD\] and"):
+    with pytest.raises(data.DatasetError, match=r"its first token should be \[PAD\]"):
         load(folder, tokenizer=str(tmp_path / "other.json"))
 
 
