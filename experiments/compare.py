@@ -79,7 +79,12 @@ def main(args: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else args
     options = command_line.parse(CompareOptions, __doc__ or "", given)
     name = "comparison" if options.from_ else f"{options.dataset.replace('/', '-')}-comparison"
-    folder = options.output or files.new_folder(name)
+    with files.given_or_new(options.output, name) as folder:
+        _compare(options, folder, given)
+    print(f"wrote {folder / 'report.md'} and {folder / 'report.html'}")
+
+
+def _compare(options: CompareOptions, folder: Path, given: Sequence[str]) -> None:
     try:
         if options.from_:
             report_again(options.from_, folder, options.baseline)
@@ -98,7 +103,6 @@ def main(args: Sequence[str] | None = None) -> None:
         message = f"interrupted: to resume, run the same command with --output {folder}"
         print(message, file=sys.stderr)
         raise SystemExit(130) from None
-    print(f"wrote {folder / 'report.md'} and {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -79,8 +79,10 @@ def main(args: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else args
     options = command_line.parse(EdgeOptions, __doc__ or "", given)
     source = Source(options.dataset, options.train_examples, data_dir=options.data_dir)
-    with errors_in_one_line():
-        folder = folder_for(options.output, f"{base_name(options.dataset)}-edge")
+    with errors_in_one_line() as stack:
+        folder = stack.enter_context(
+            folder_for(options.output, f"{base_name(options.dataset)}-edge")
+        )
         measured, examples = curvature_along(
             source, options.methods, options.seeds, options.setting
         )

@@ -15,9 +15,9 @@ import tyro
 
 from experiments.data import DatasetError
 from experiments.run.checkpoints import CheckpointError
-from experiments.run.folder import RunFolder
+from experiments.run.folder import as_text
 from experiments.run.restoring import accuracy_and_loss, restore
-from experiments.system import command_line
+from experiments.system import command_line, files
 from experiments.system.command_line import ArgumentError, OrDefault
 
 
@@ -47,13 +47,16 @@ def main(args: Sequence[str] | None = None) -> None:
         command_line.fail(str(error))
     measured = accuracy_and_loss(restored.experiment, restored.state)
     results = {"step": restored.step, "accuracy_and_loss": measured}
-    RunFolder(options.run).write_json("evaluation.json", results)
     print(f"checkpoint of step {restored.step}")
     for name, row in measured.items():
         print(
             f"{name:10}  accuracy {100 * row['accuracy']:6.2f} %  loss {row['loss']:.4f}  "
             f"on {row['examples']} examples"
         )
+    try:
+        files.write_text(options.run / "evaluation.json", as_text(results))
+    except OSError as error:
+        print(f"not written to {options.run}: {error.strerror}")
 
 
 if __name__ == "__main__":

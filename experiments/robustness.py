@@ -54,9 +54,11 @@ def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
     given = sys.argv[1:] if args is None else args
     options = command_line.parse(RobustnessOptions, __doc__ or "", given)
-    with errors_in_one_line():
+    with errors_in_one_line() as stack:
         trained, task = options.trained()
-        folder = folder_for(options.output, f"{base_name(task['dataset'])}-robustness")
+        folder = stack.enter_context(
+            folder_for(options.output, f"{base_name(task['dataset'])}-robustness")
+        )
         plain = next((t for t in trained if t.recipe.method_spec.is_plain), None)
         of_plain = (plain.name, Attacker(plain)) if plain else None
         rows, checks, of_checks = [], [], []

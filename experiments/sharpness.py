@@ -87,9 +87,11 @@ def main(args: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if args is None else args
     options = command_line.parse(SharpnessOptions, __doc__ or "", given)
     measures = options.measures
-    with errors_in_one_line():
+    with errors_in_one_line() as stack:
         trained, task = options.trained()
-        folder = folder_for(options.output, f"{base_name(task['dataset'])}-sharpness")
+        folder = stack.enter_context(
+            folder_for(options.output, f"{base_name(task['dataset'])}-sharpness")
+        )
         numbers: list[Finding] = []
         slices: dict[str, Slices] = {}
         with progress.shown(4 * len(trained), "measure") as bar:

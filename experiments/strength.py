@@ -58,8 +58,10 @@ def main(args: Sequence[str] | None = None) -> None:
     machine.make_cores_devices()
     given = sys.argv[1:] if args is None else args
     options = command_line.parse(StrengthOptions, __doc__ or "", given)
-    with errors_in_one_line():
-        folder = folder_for(options.output, f"{base_name(options.dataset)}-strength")
+    with errors_in_one_line() as stack:
+        folder = stack.enter_context(
+            folder_for(options.output, f"{base_name(options.dataset)}-strength")
+        )
         measured = measured_along(
             options,
             sorted(set(options.at)),

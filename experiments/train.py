@@ -21,19 +21,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from experiments.config.config import Config, Place, option_of
+from experiments.config.config import CHANGEABLE, Config, Place, option_of
 from experiments.config.presets import PRESETS
 from experiments.data import DatasetError
 from experiments.run.checkpoints import CheckpointError
+from experiments.run.ends import InterruptedRunError, StoppedRunError
 from experiments.run.folder import as_json, read_config
-from experiments.run.loop import InterruptedRunError, NonFiniteLossError
 from experiments.run.training import train
 from experiments.system import command_line, processes
 from experiments.system.command_line import ArgumentError, OrDefault
 from experiments.system.files import as_typed
 
 # Options that may differ when a run is resumed.
-_PLACES = ("data_dir", *(field.name for field in dataclasses.fields(Place)))
+_RESUMABLE = ("data_dir", *(field.name for field in dataclasses.fields(Place)), *CHANGEABLE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,8 @@ class TrainOptions(Config):
     """The command line: the options of a run, or a run to resume."""
 
     resume: OrDefault[Path] = None
-    """The folder of a run to resume, as if it had never stopped. The options are the run's own."""
+    """The folder of a run to resume, as if it had never stopped. The options are the run's own. A
+    run that diverged can be resumed with a smaller --learning-rate or --rho."""
     # With None as default, a resumed run knows whether they are given.
     parallelism: OrDefault[Literal["jit", "shard_map", "pmap"]] = None  # type: ignore[assignment]
     """How devices share a batch: one program for all, or one for each (default: jit)."""
@@ -71,10 +72,10 @@ class TrainOptions(Config):
         if self.resume is None:
             return Config(**given)
         config = read_config(self.resume)
-        if not set(given) <= set(_PLACES):
+        if not set(given) <= set(_RESUMABLE):
             raise ArgumentError(
                 "--resume takes the run's own options: remove all other options but "
-                f"{', '.join(map(option_of, _PLACES))}"
+                f"{', '.join(map(option_of, _RESUMABLE))}"
             )
         return dataclasses.replace(config, **given)
 
@@ -105,7 +106,7 @@ def main(args: Sequence[str] | None = None) -> None:
             summary = train(config, options.resume)
     except (ArgumentError, DatasetError, CheckpointError) as error:
         command_line.fail(str(error))
-    except NonFiniteLossError as error:
+    except StoppedRunError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
     except InterruptedRunError as interrupted:

@@ -12,7 +12,8 @@ from experiments.comparison import plan, report, results
 from experiments.comparison.grid import Grid
 from experiments.comparison.grid_run import GridRun, examples_of, forget_unfinished
 from experiments.comparison.merging import merged
-from experiments.comparison.results import Comparison
+from experiments.comparison.reading import read_about, read_results, there_are_any
+from experiments.comparison.results import ABOUT, Comparison
 from experiments.comparison.table import rows_of, usual_baseline
 from experiments.config.config import option_of
 from experiments.config.recipe import PERTURBATION_OPTIONS, Recipe
@@ -109,7 +110,7 @@ def report_again(folders: Sequence[Path], folder: Path, baseline: str | None = N
     Raises:
         ArgumentError: if results cannot be read, or the folder exists.
     """
-    comparisons = merged(itertools.chain.from_iterable(map(results.read_results, folders)))
+    comparisons = merged(itertools.chain.from_iterable(map(read_results, folders)))
     sections = report.sections_of(comparisons, baseline)
     try:
         files.check_new(folder)
@@ -122,32 +123,31 @@ def report_again(folders: Sequence[Path], folder: Path, baseline: str | None = N
 
 def _opened(folder: Path, about: dict[str, Any]) -> Comparison:
     """Returns the comparison of this grid in the folder. In a new folder it has no results."""
-    path, grid = folder / "comparison.json", about["grid"]
+    grid = about["grid"]
     begun = [folder / "runs.csv", folder / "under-way", folder / "runs"]
     if not any(known.exists() for known in begun):
         return Comparison(about["task"], [], [about])
     defaults = _as_json(Grid())
-    try:
-        there = json.loads(path.read_text())
-        # A comparison of an older version may lack an option, and names the default optimizer.
-        values = {name: there["grid"].get(name, defaults.get(name)) for name in grid}
-        values["base"], grid = there["task"]["base"], grid | {"base": about["task"]["base"]}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    known = read_about(folder)
+    if known.grid is None or "base" not in known.task:
         raise ArgumentError(
             f"--output {folder} has no comparison that can be resumed: give another folder"
-        ) from error
+        )
+    # A comparison of an older version may lack an option, and names the default optimizer.
+    values = {name: known.grid.get(name, defaults.get(name)) for name in grid}
+    values["base"], grid = known.task["base"], grid | {"base": about["task"]["base"]}
     # What an older version could ask for, and this one cannot.
-    values |= {name: value for name, value in there["grid"].items() if name not in grid}
+    values |= {name: value for name, value in known.grid.items() if name not in grid}
     nothing = defaults | PERTURBATION_OPTIONS
     if odd := [name for name in values if values[name] != grid.get(name, nothing.get(name))]:
         raise ArgumentError(
             f"--output {folder} has another comparison: its {option_of(odd[0])} is "
             f"{values[odd[0]]}, not {grid.get(odd[0])}"
         )
-    if results.there_are_any(folder):
-        (comparison,) = results.read_results(folder)
+    if there_are_any(folder):
+        (comparison,) = read_results(folder)
         return comparison
-    return Comparison(about["task"], [], [there])
+    return Comparison(about["task"], [], [known.origin])
 
 
 def _note_continuation(origin: dict[str, Any], about: dict[str, Any]) -> None:
@@ -162,11 +162,11 @@ def _note_continuation(origin: dict[str, Any], about: dict[str, Any]) -> None:
 def _locked(folder: Path) -> Iterator[None]:
     """Makes the folder unless it has a comparison, and locks it."""
     try:
-        if not (folder / "comparison.json").exists():
-            files.check_new(folder)
         folder.mkdir(parents=True, exist_ok=True)
         lock = contextlib.ExitStack()
         lock.enter_context(files.locked(folder))
+        if not (folder / ABOUT).exists():
+            files.check_new(folder)  # under the lock
     except BlockingIOError as error:
         raise ArgumentError(f"--output {error}") from error
     except OSError as error:

@@ -5,8 +5,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.comparison import plots, results, words
+from experiments.comparison import plots, words
 from experiments.comparison.merging import merged
+from experiments.comparison.reading import read_results
 from experiments.comparison.results import Comparison
 from experiments.comparison.significance import Difference, Estimate
 from experiments.comparison.table import Row, row_name, rows_of
@@ -31,7 +32,7 @@ def there(root: Path, *, study: bool) -> list[Comparison]:
     """
     found = sorted((root / RESULTS).glob("study-*" if study else "*-noise-*"))
     folders = [folder for folder in found if folder.name.startswith("study-") == study]
-    comparisons = merged(itertools.chain.from_iterable(map(results.read_results, folders)))
+    comparisons = merged(itertools.chain.from_iterable(map(read_results, folders)))
     return sorted(comparisons, key=lambda comparison: comparison.task["label_noise"])
 
 
@@ -63,7 +64,7 @@ def differences_in_points(comparisons: Sequence[Comparison]) -> str:
             table += [[method, *cells] for method, cells in sorted(lines.items())]
             parts += [f"**{name}**: {question}", words.table(table)]
         commands = dict.fromkeys(about["command"] for c in group for about in c.origins)
-        parts.append("\n".join(["```sh", *commands, "```"]))
+        parts.append(words.shell(commands))
     return "\n\n".join(parts) + "\n"
 
 
@@ -159,7 +160,7 @@ def _table(comparisons: Sequence[Comparison]) -> str:
         cells = [_cell(column[name]) if name in column else "" for column in columns]
         lines.append(f"| {name[0]} | {name[1]} | {' | '.join(cells)} |")
     commands = dict.fromkeys(about["command"] for c in comparisons for about in c.origins)
-    return "\n".join([*lines, "", "```sh", *commands, "```"])
+    return "\n".join([*lines, "", words.shell(commands)])
 
 
 def _seeds_of(columns: Sequence[dict[tuple[str, int], Row]]) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from experiments import data
 from experiments.comparison import capacity, networks, results
 from experiments.comparison.grid import Grid
+from experiments.comparison.reading import read_results
 from experiments.comparison.replicas import Labels, Replicas, labels_of
 from experiments.comparison.results import FINISHED, Comparison, Result
 from experiments.comparison.words import duration
@@ -24,9 +25,9 @@ from experiments.config.config import Config, Place
 from experiments.config.hyperparameters import STRUCTURAL
 from experiments.config.recipe import Recipe, filled_in
 from experiments.run.checkpoints import Checkpoints
+from experiments.run.ends import NonFiniteLossError
 from experiments.run.experiment import Experiment, experiment_of
 from experiments.run.folder import read_config
-from experiments.run.loop import NonFiniteLossError
 from experiments.run.training import train
 from experiments.step.layout import layout_of
 from experiments.system import progress
@@ -275,7 +276,7 @@ def _trained_alone(grid: Grid, recipe: Recipe, folder: Path) -> Result:
         summary = train(config, output if resumes else None)
         if summary["status"] != FINISHED:
             raise KeyboardInterrupt
-    (comparison,) = results.read_results(output)
+    (comparison,) = read_results(output)
     (result,) = comparison.results
     return result
 

@@ -16,7 +16,7 @@ import numpy as np
 from experiments.comparison.replicas import Population
 from experiments.config.recipe import Recipe
 from experiments.run.checkpoints import Checkpoints
-from experiments.system import files
+from experiments.system import schema, seals
 
 _FOLDER = "networks"
 _ONLY = 0
@@ -45,7 +45,9 @@ def keep(folder: Path, name: str, runs: Sequence[Recipe], population: Population
     with contextlib.closing(Checkpoints(path, keep=1)) as checkpoints:
         checkpoints.save(_ONLY, kept, {})
     # Last, since a part without it is not read.
-    files.write_text(path.with_suffix(".json"), json.dumps(list(map(_as_json, runs))) + "\n")
+    seals.write_sealed(
+        folder, {f"{_FOLDER}/{name}.json": json.dumps(list(map(_as_json, runs))) + "\n"}
+    )
 
 
 def read_networks(folder: Path, runs: Sequence[Recipe], like: Kept) -> Kept | None:
@@ -57,12 +59,14 @@ def read_networks(folder: Path, runs: Sequence[Recipe], like: Kept) -> Kept | No
         like: arrays or shapes of one network.
 
     Raises:
-        CheckpointError: if a file is damaged.
+        CheckpointError, ArgumentError: if a file is damaged.
     """
     asked = list(map(_as_json, runs))
     found: list[Any] = [None] * len(asked)
     for path in sorted((folder / _FOLDER).glob("*.json")):
-        known = json.loads(path.read_text())
+        known = schema.json_as(
+            list[list[Any]], seals.read_sealed(folder, f"{_FOLDER}/{path.name}"), path
+        )
         if not any(run in known for run in asked):
             continue
         count = len(known)

@@ -15,7 +15,7 @@ from experiments.comparison.results import Comparison
 from experiments.comparison.significance import Difference, Estimate
 from experiments.comparison.table import DIFFERENCES, Row, baseline_of, row_name, rows_of
 from experiments.comparison.verdict import compared, in_short
-from experiments.comparison.words import computed_with, duration, task_in_words
+from experiments.comparison.words import computed_with, duration, shell, task_in_words
 from experiments.config.methods import PLAIN
 from experiments.system import files
 
@@ -213,7 +213,7 @@ def _difference(difference: Difference | None, seeds: int) -> str:
 def _origins(comparisons: Sequence[Comparison]) -> str:
     lines = ["## How it was made"]
     for about in (about for comparison in comparisons for about in comparison.origins):
-        lines.append(f"```sh\n{about['command']}\n```")
+        lines.append(shell([about["command"]]))
         lines.append(computed_with(about))
         for later in about.get("continued", []):
             lines.append(f"Continued with: {computed_with(later)}")
@@ -262,8 +262,14 @@ def write_pages(folder: Path, text: str, images: Mapping[str, str]) -> None:
 
 
 def html_page(text: str, images: Mapping[str, str]) -> str:
-    """Returns Markdown as an HTML page with its images inside. `images` are SVG by file name."""
-    body = MarkdownIt("commonmark").enable("table").render(text)
+    """Returns Markdown as an HTML page with its images inside. `images` are SVG by file name.
+
+    Names of data sets, models and folders are in the text, and could be anything: HTML in it is
+    shown as text, and only these images are links.
+    """
+    markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+    markdown.validateLink = lambda url: url in images  # type: ignore[method-assign]
+    body = markdown.render(text)
     for name, image in images.items():
         data = base64.b64encode(image.encode()).decode()
         body = body.replace(f'src="{name}"', f'src="data:image/svg+xml;base64,{data}"')

@@ -1,5 +1,6 @@
 """Tasks and origins of results, in words."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -36,7 +37,16 @@ def setting_in_words(task: dict[str, Any]) -> str:
 
 def table(rows: Iterable[Sequence[str]]) -> str:
     """Returns a Markdown table. The second row says how columns are aligned."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    cells = ([cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows)
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def shell(commands: Iterable[str]) -> str:
+    """Returns commands as a block of Markdown, which they cannot end."""
+    text = "\n".join(commands)
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}sh\n{text}\n{fence}"
 
 
 def points(difference: Estimate) -> str:

@@ -44,15 +44,16 @@ class TrainedNetworks:
         )
 
 
-def folder_for(output: Path | None, name: str) -> Path:
-    """Returns the folder to write to.
+@contextlib.contextmanager
+def folder_for(output: Path | None, name: str) -> Iterator[Path]:
+    """Yields the folder to write to.
 
     Raises:
         OSError: if it is there and not empty.
     """
-    folder = output or files.new_folder(name)
-    files.check_new(folder)
-    return folder
+    with files.given_or_new(output, name) as folder:
+        files.check_new(folder)
+        yield folder
 
 
 def about(command: str, args: Sequence[str]) -> dict[str, Any]:
@@ -62,10 +63,14 @@ def about(command: str, args: Sequence[str]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """Ends the program with one line on standard error for what a user can mend."""
+def errors_in_one_line() -> Iterator[contextlib.ExitStack]:
+    """Ends the program with one line on standard error for what a user can mend.
+
+    Yields a stack for what is to be left before that.
+    """
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            yield stack
     except (ArgumentError, DatasetError, CheckpointError) as error:
         command_line.fail(str(error))
     except OSError as error:

@@ -8,7 +8,7 @@ from typing import Any
 from experiments.comparison import drawing
 from experiments.comparison.report import write_pages
 from experiments.comparison.significance import Estimate, estimate, estimates_of
-from experiments.comparison.words import computed_with, table
+from experiments.comparison.words import computed_with, shell, table
 from experiments.measures.edge import Curvature, Setting
 from experiments.system import files
 
@@ -53,7 +53,7 @@ def write_edge_report(
             "Mean and 95 % band over seeds.",
             _table(measured, methods, setting),
             _METHOD,
-            f"```sh\n{about['command']}\n```",
+            shell([about["command"]]),
             computed_with(about),
         ]
     )

@@ -9,7 +9,7 @@ import numpy as np
 from experiments.comparison import drawing
 from experiments.comparison.report import write_pages
 from experiments.comparison.significance import Estimate, estimate, estimates_of
-from experiments.comparison.words import computed_with, points, table, task_in_words
+from experiments.comparison.words import computed_with, points, shell, table, task_in_words
 from experiments.measures.attacks import WORST, Attack
 from experiments.step.attack import LEVELS
 from experiments.system import files
@@ -99,7 +99,7 @@ def write_robustness_report(
             "## Are the attacks strong enough?",
             _checks(checks),
             _method(attacks, about),
-            f"```sh\n{about['command']}\n```",
+            shell([about["command"]]),
             computed_with(about),
         ]
     )

@@ -8,7 +8,7 @@ from typing import Any
 from experiments.comparison import drawing
 from experiments.comparison.report import write_pages
 from experiments.comparison.significance import Estimate, estimate, estimates_of
-from experiments.comparison.words import computed_with, table, task_in_words
+from experiments.comparison.words import computed_with, shell, table, task_in_words
 from experiments.measures.findings import Finding, Measures
 from experiments.measures.sharpness import (
     ADAPTIVE_BALL,
@@ -48,7 +48,7 @@ def write_sharpness_report(
     parts = [f"# Sharpness on {task['dataset']}", f"{task_in_words(task)}."]
     parts += [f"![{_ALT[name]}]({name})\n\n{_ALT[name]}." for name in images]
     parts += ["## The numbers", _table(numbers, measures), _method(measures, about)]
-    parts += [f"```sh\n{about['command']}\n```", computed_with(about)]
+    parts += [shell([about["command"]]), computed_with(about)]
     text = "\n\n".join(parts) + "\n"
     write_pages(folder, text, images)
 

@@ -9,7 +9,7 @@ from typing import Any
 from experiments.comparison import drawing
 from experiments.comparison.report import write_pages
 from experiments.comparison.significance import Estimate, estimate, estimates_of
-from experiments.comparison.words import computed_with, points, task_in_words
+from experiments.comparison.words import computed_with, points, shell, task_in_words
 from experiments.measures.strength import TRAINING_LOSS
 from experiments.measures.strength_run import Measured
 from experiments.system import files
@@ -42,7 +42,7 @@ def write_strength_report(
         parts.append(f"## Networks trained by {method}")
         parts.append(f"![Rise of the error against rho, by epoch]({file})")
         parts += [f"### After epoch {epoch}\n\n{_table(rows, epoch)}" for epoch in _epochs(rows)]
-    parts += [_METHOD, f"```sh\n{about['command']}\n```", computed_with(about)]
+    parts += [_METHOD, shell([about["command"]]), computed_with(about)]
     text = "\n\n".join(parts) + "\n"
     write_pages(folder, text, images)
 

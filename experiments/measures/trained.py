@@ -1,7 +1,6 @@
 """Trained networks, read from runs and comparisons, with examples to measure them on."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +11,8 @@ import numpy as np
 from experiments.comparison.grid import Grid, task_of
 from experiments.comparison.grid_run import examples_of
 from experiments.comparison.networks import Kept, read_networks
-from experiments.comparison.results import Comparison, read_results
+from experiments.comparison.reading import read_about, read_results
+from experiments.comparison.results import Comparison
 from experiments.comparison.table import Row, row_name, rows_of
 from experiments.config.recipe import Recipe
 from experiments.run.folder import read_config
@@ -187,13 +187,15 @@ def _of_comparison(
 
 
 def _grid_of(folder: Path, data_dir: Path | None) -> Grid:
+    values = read_about(folder).grid
+    if values is None:
+        raise ArgumentError(f"{folder} has no grid: it is a report of several comparisons")
+    # An older version recorded more.
+    names = {field.name for field in dataclasses.fields(Grid)} & values.keys()
+    given = {k: tuple(v) if isinstance(v := values[k], list) else v for k in names}
     try:
-        values = json.loads((folder / "comparison.json").read_text())["grid"]
-        # An older version recorded more.
-        names = {field.name for field in dataclasses.fields(Grid)} & values.keys()
-        given = {k: tuple(v) if isinstance(v := values[k], list) else v for k in names}
         return Grid(**given, data_dir=data_dir)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError) as error:
         raise ArgumentError(f"{folder} has no grid that can be read: {error}") from error
 
 

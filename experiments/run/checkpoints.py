@@ -1,34 +1,42 @@
 """Checkpoints of a run: everything needed to resume it bit for bit."""
 
 import gc
-import re
+import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import absl.logging
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+
+from experiments.run.arrays import by_name, described, hashes_of, name_of, shape_in_words
+from experiments.system import seals
 
 # Orbax warns about intended uses, such as only reading.
 absl.logging.set_verbosity(absl.logging.ERROR)
 
-ACCURACY = "validation_accuracy"
 # Below every accuracy: such a checkpoint is the best only if there is no other.
 UNKNOWN = -1.0
+_UNREADABLE = -2.0
 
 
 class CheckpointError(Exception):
     """A checkpoint that cannot be read or belongs to another run."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint that is not as it was written."""
+
+
 class Checkpoints:
     """The latest checkpoints of a run and the best one.
 
     They are written in the background. A checkpoint appears under its step when it is complete.
+    It has two items: `state`, the arrays, and `about`, everything else: the progress, the accuracy,
+    shape, dtype and a hash of each array, and the digest of all this.
 
     Args:
         folder: folder of the checkpoints, made if it does not exist. Remains of an interrupted
@@ -39,21 +47,22 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int | None) -> None:
         self.folder = folder
-        # Orbax takes the later of two equals, which is trained longer.
-        best = checkpoint_managers.BestN(get_metric_fn=_accuracy, n=1)
-        policy = checkpoint_managers.AnyPreservationPolicy(
-            [checkpoint_managers.LatestN(keep), best]
-        )
+        self._accuracies: dict[int, float] = {}
+        self._keep = keep
         read_only = keep is None
         self._manager = ocp.CheckpointManager(
             folder.resolve(),
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy,
-                best_fn=_accuracy,
+                preservation_policy=_Preserved(self),
                 cleanup_tmp_directories=not read_only,
                 read_only=read_only,
             ),
         )
+        for step in self.steps():
+            try:
+                self._accuracies[step] = float(self._about(step)["accuracy"])
+            except DamagedCheckpointError:
+                self._accuracies[step] = _UNREADABLE
 
     def save(
         self, step: int, state: Any, progress: dict[str, Any], accuracy: float = UNKNOWN
@@ -68,14 +77,15 @@ class Checkpoints:
         """
         if step in self.steps():
             return
+        self._accuracies[step] = accuracy
+        content = {"step": step, "accuracy": accuracy, "progress": progress}
+        content["arrays"] = described(state, hashes_of(state))
+        about = {"content": content, "sha256": seals.digest(content)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                progress=ocp.args.JsonSave(progress),
-                fingerprints=ocp.args.JsonSave(_fingerprints(state)),
+                state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
             ),
-            metrics={ACCURACY: accuracy},
         )
 
     def steps(self) -> list[int]:
@@ -83,9 +93,38 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best_step(self) -> int | None:
-        """Returns the last step of the highest accuracy, or None without checkpoints."""
+        """Returns the last step of the highest accuracy, or None without checkpoints.
+
+        Raises:
+            DamagedCheckpointError: if the accuracy of a checkpoint cannot be read.
+        """
         self.wait()
-        return self._manager.best_step()
+        steps = self.steps()
+        for step in steps:
+            if self._accuracies[step] == _UNREADABLE:
+                self._about(step)  # raises
+        return self.best_of(steps)
+
+    def best_of(self, steps: Sequence[int]) -> int | None:
+        """Returns the last of the given steps with the highest accuracy; None if there are none."""
+        # The later of two equals is trained longer.
+        return max(
+            steps, key=lambda step: (self._accuracies.get(step, UNKNOWN), step), default=None
+        )
+
+    def kept_of(self, steps: Sequence[int]) -> set[int | None]:
+        """Returns which of the given steps, in order, are the latest ones or the best one."""
+        return {*steps[-(self._keep or len(steps)) :], self.best_of(steps)}
+
+    def set_aside(self, step: int) -> Path:
+        """Moves a checkpoint out of the way, and returns where it is."""
+        self.wait()
+        place = self.folder.with_name("damaged") / str(step)
+        shutil.rmtree(place, ignore_errors=True)
+        place.parent.mkdir(exist_ok=True)
+        (self.folder / str(step)).rename(place)
+        self._manager.reload()
+        return place
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Returns the state and the progress at `step`.
@@ -95,31 +134,56 @@ class Checkpoints:
             like: a state of the same structure, shapes and dtypes.
 
         Raises:
-            CheckpointError: if the checkpoint is damaged, or its state is not like `like`.
+            DamagedCheckpointError: if the checkpoint is not as it was written.
+            CheckpointError: if its state is not like `like`.
         """
         self.wait()
+        about = self._about(step)
+        asked = described(like, {})
+        for name in [*asked, *about["arrays"]]:
+            found, wanted = (known.get(name) for known in (about["arrays"], asked))
+            if found is None or wanted is None or found[1:] != wanted[1:]:
+                raise CheckpointError(
+                    f"the checkpoint {self.folder / str(step)} is of another network: its "
+                    f"{name_of(name)} is {shape_in_words(found)}, not {shape_in_words(wanted)}"
+                )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        small = ocp.args.Composite(
-            progress=ocp.args.JsonRestore(), fingerprints=ocp.args.JsonRestore()
-        )
-        large = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
         try:
-            # Two reads: orbax prints a long report if one of several items fails.
-            known = self._manager.restore(step, args=small)
-            state = self._manager.restore(step, args=large)["state"]
+            state = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            )["state"]
             # The arrays' files have no checksum.
-            if _fingerprints(state) == known["fingerprints"]:
-                return state, known["progress"]
+            if described(state, hashes_of(state)) == about["arrays"]:
+                return state, about["progress"]
             reason = "the arrays are not those that were saved"
         # A damaged file can make the readers raise anything.
         except Exception as error:
             if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
                 raise  # Another process may be gone.
             reason = _first_line(error)
+        raise self._damaged(step, reason)
+
+    def _about(self, step: int) -> dict[str, Any]:
+        """Returns what is known about a checkpoint, once its digest is checked."""
+        try:
+            about = self._manager.restore(
+                step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
+            )["about"]
+            content = about["content"]
+            if about["sha256"] == seals.digest(content) and content["step"] == step:
+                return content
+            reason = "what is known about it is not what was saved"
+        except Exception as error:  # see restore
+            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                raise
+            reason = _first_line(error)
+        raise self._damaged(step, reason)
+
+    def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
         _forget_failed_reads()
-        raise CheckpointError(
-            f"the checkpoint {self.folder / str(step)} is damaged or of another run: remove it to "
-            f"resume from an earlier one ({reason})"
+        return DamagedCheckpointError(
+            f"the checkpoint {self.folder / str(step)} is damaged ({reason}): remove it to use "
+            "another one"
         )
 
     def parameters(self, step: int) -> dict[str, np.ndarray]:
@@ -128,25 +192,20 @@ class Checkpoints:
         They may have been saved on other devices.
 
         Raises:
-            CheckpointError: if the checkpoint is damaged.
+            DamagedCheckpointError: if the checkpoint is not as it was written.
         """
         self.wait()
+        about = self._about(step)
         try:
-            known = self._manager.restore(
-                step, args=ocp.args.Composite(fingerprints=ocp.args.JsonRestore())
-            )
             params = _read_parameters(self.folder.resolve() / str(step) / "state")
-            sums = {_name_of(path): sum_ for path, sum_ in known["fingerprints"].items()}
-            found = {
-                _name_of(path): sum_ for path, sum_ in _fingerprints({"params": params}).items()
-            }
-            if found.items() <= sums.items():
+            known = {name_of(path): how[0] for path, how in about["arrays"].items()}
+            found = {name_of(p): sum_ for p, sum_ in hashes_of({"params": params}).items()}
+            if found.items() <= known.items():
                 return by_name(params)
             reason = "the arrays are not those that were saved"
         except Exception as error:  # see restore
             reason = _first_line(error)
-        _forget_failed_reads()
-        raise CheckpointError(f"the checkpoint {self.folder / str(step)} is damaged ({reason})")
+        raise self._damaged(step, reason)
 
     def wait(self) -> None:
         """Waits until everything is on disk."""
@@ -155,16 +214,6 @@ class Checkpoints:
     def close(self) -> None:
         """Waits until everything is on disk, and ends the background work."""
         self._manager.close()
-
-
-def by_name(tree: Any) -> dict[str, Any]:
-    """Returns the leaves of a tree by names like "blocks.0.kernel"."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {_name_of(jax.tree_util.keystr(path)): leaf for path, leaf in leaves}
-
-
-def _name_of(path: str) -> str:
-    return ".".join(re.findall(r"\w+", path))
 
 
 def _read_parameters(path: Path) -> Any:
@@ -181,32 +230,17 @@ def _read_parameters(path: Path) -> Any:
         )["params"]
 
 
-def _accuracy(metrics: dict[str, float]) -> float:
-    return metrics[ACCURACY]
+class _Preserved:
+    """The policy of orbax's manager: which checkpoints to keep after a save."""
 
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self._checkpoints = checkpoints
 
-def _fingerprints(tree: Any) -> dict[str, int]:
-    """Returns a hash of the bits of each array, the same for any layout over devices."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    sums = _sums_of_bits([leaf for _, leaf in leaves])
-    return {
-        jax.tree_util.keystr(path): int(sum_) for (path, _), sum_ in zip(leaves, sums, strict=True)
-    }
-
-
-@jax.jit
-def _sums_of_bits(leaves: list[jax.Array]) -> list[jax.Array]:
-    def sum_of_bits(leaf: jax.Array) -> jax.Array:
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            leaf = jax.lax.bitcast_convert_type(leaf, f"uint{jnp.finfo(leaf.dtype).bits}")
-        bits = leaf.astype(jnp.uint32).ravel()
-        # Odd weights keep every bit. Different weights detect swapped values.
-        weights = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
-        return (bits * weights).sum(dtype=jnp.uint32)
-
-    return [sum_of_bits(leaf) for leaf in leaves]
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        steps = [known.step for known in checkpoints]
+        kept = self._checkpoints.kept_of(steps)
+        return [step in kept for step in steps]
 
 
 def _forget_failed_reads() -> None:

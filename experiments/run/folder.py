@@ -2,6 +2,7 @@
 
 config.json     all options with their values, written first
 metrics.csv     one line per epoch, appended during training
+seal.json       digests of the files that are read again
 tensorboard/    the same numbers as event files
 checkpoints/    the latest checkpoints and that of the best epoch (orbax)
 tokenizer.json  what made the tokens, if the examples are texts
@@ -10,29 +11,76 @@ summary.json    status, progress, test accuracy; written last, also after an int
 """
 
 import contextlib
-import csv
 import dataclasses
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorboardX
 
-from experiments.config.config import Config
-from experiments.system import files
+from experiments.config.config import TOKENIZER, Config
+from experiments.system import files, schema, seals
 from experiments.system.command_line import ArgumentError
 
-COLUMNS: tuple[str, ...] = (
-    "epoch",
-    "step",
-    "loss",
-    "validation_accuracy",
-    "validation_loss",
-    "examples_per_second",
-    "learning_rate",
-    "rho",
-)
+CONFIG, METRICS, SUMMARY = "config.json", "metrics.csv", "summary.json"
+SEALED = (CONFIG, TOKENIZER, METRICS, SUMMARY)
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """The content of summary.json: how a run stands, or ended.
+
+    Attributes:
+        status: "started", "interrupted", "finished", or "stopped: " and why.
+        checkpoint_epoch: number of the best epoch; None before the first one.
+        test_accuracy: of the best epoch; None if it was not tested, or was not finite.
+        changed: what was changed when the run was resumed, in words.
+
+    The other attributes are what their names say.
+    """
+
+    status: str
+    epochs_completed: int
+    epochs: int
+    steps: int
+    steps_per_epoch: int
+    checkpoint_epoch: int | None
+    validation_accuracy: float | None
+    test_accuracy: float | None
+    last_test_accuracy: float | None
+    test_examples: int
+    seconds: float
+    compile_seconds: float
+    peak_memory_bytes: int
+    device: str
+    devices: int
+    processes: int
+    versions: dict[str, str]
+    changed: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all epochs were trained."""
+        return self.status == "finished"
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """A line of metrics.csv. A method without a radius has no rho."""
+
+    epoch: int
+    step: int
+    loss: float
+    validation_accuracy: float
+    validation_loss: float
+    examples_per_second: float
+    learning_rate: float
+    rho: float | None = None
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Metrics))
 
 
 class RunFolder:
@@ -53,15 +101,16 @@ class RunFolder:
 
     @classmethod
     def create(cls, path: Path, config: dict[str, Any]) -> "RunFolder":
-        """Makes a new folder, or takes an empty one, and writes the configuration.
+        """Makes a new folder, or takes an empty one, locks it and writes the configuration.
 
         Raises:
-            OSError: if `path` exists and is not an empty folder, or cannot be made.
+            OSError: if `path` exists and is not an empty folder, cannot be made, or is in use.
         """
-        files.check_new(path)
-        path.mkdir(parents=True, exist_ok=path.is_dir())
+        path.mkdir(parents=True, exist_ok=True)
         folder = cls(path)
-        folder.write_json("config.json", config)
+        folder.lock()
+        files.check_new(path)  # under the lock
+        folder.write_sealed({CONFIG: as_text(config)})
         return folder
 
     @property
@@ -75,24 +124,33 @@ class RunFolder:
 
         Raises:
             BlockingIOError: if another process has the lock.
+            OSError: if there is a link in the folder.
         """
         if self.writes:
             self._lock.enter_context(files.locked(self.path))
 
-    def read_summary(self) -> dict[str, Any]:
-        """Returns summary.json, or {} if there is none."""
-        try:
-            return json.loads((self.path / "summary.json").read_text())
-        except (OSError, ValueError):
-            return {}
+    def read_summary(self) -> Summary | None:
+        """Returns summary.json; None if there is none.
 
-    def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Writes `name` as indented JSON, whole or not at all."""
-        self._write(name, json.dumps(content, indent=2) + "\n")
+        Raises:
+            ArgumentError: if it is damaged.
+        """
+        if not (self.path / SUMMARY).exists():
+            return None
+        content = seals.read_sealed(self.path, SUMMARY)
+        return schema.json_as(Summary, content, self.path / SUMMARY)
 
-    def write_text(self, name: str, text: str) -> None:
-        """Writes `name`, whole or not at all."""
-        self._write(name, text)
+    def write_summary(self, summary: Summary) -> None:
+        """Writes summary.json, and seals metrics.csv unless the run has just started."""
+        texts = {SUMMARY: as_text(dataclasses.asdict(summary))}
+        if summary.status != "started":
+            texts = {METRICS: files.csv_of(COLUMNS, self.metrics)} | texts
+        self.write_sealed(texts)
+
+    def write_sealed(self, texts: dict[str, str], unsealed: Sequence[str] = ()) -> None:
+        """See :func:`experiments.system.seals.write_sealed`."""
+        if self.writes:
+            seals.write_sealed(self.path, texts, unsealed)
 
     def start_metrics(self, rows: list[dict[str, Any]]) -> None:
         """Rewrites metrics.csv and the event files with the epochs of a checkpoint.
@@ -103,7 +161,8 @@ class RunFolder:
         if not self.writes:
             self.metrics += rows
             return
-        self._write("metrics.csv", ",".join(COLUMNS) + "\n")
+        self.write_sealed({}, unsealed=[METRICS])  # it grows
+        files.write_csv(self.path / METRICS, COLUMNS, [])
         if self._events is not None:
             self._events.close()
         shutil.rmtree(self.path / "tensorboard", ignore_errors=True)
@@ -116,8 +175,7 @@ class RunFolder:
         self.metrics.append(row)
         if self._events is None:
             return
-        with (self.path / "metrics.csv").open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+        files.append_text(self.path / METRICS, files.csv_of(COLUMNS, [row], header=False))
         for name in COLUMNS[2:]:
             if name in row:
                 self._events.add_scalar(name, row[name], row["step"])
@@ -138,9 +196,10 @@ class RunFolder:
             self._events.close()
         self._lock.close()
 
-    def _write(self, name: str, text: str) -> None:
-        if self.writes:
-            files.write_text(self.path / name, text)
+
+def as_text(content: dict[str, Any]) -> str:
+    """Returns the text of a JSON file."""
+    return json.dumps(content, indent=2) + "\n"
 
 
 def as_json(config: Config) -> dict[str, Any]:
@@ -153,18 +212,18 @@ def read_config(path: Path) -> Config:
     """Returns the options of the run in the folder `path`.
 
     Raises:
-        ArgumentError: if it is no run folder, or is of another version.
+        ArgumentError: if it is no run folder, or its configuration is damaged.
     """
-    file = path / "config.json"
-    if not file.is_file():
-        raise ArgumentError(f"{path} is no run folder: it has no config.json")
-    try:
-        values = json.loads(file.read_text())
-        if not isinstance(values, dict):
-            raise ValueError("it holds no configuration")
-        if odd := {field.name for field in dataclasses.fields(Config)} ^ set(values):
-            raise ValueError(f"it is of another version: {', '.join(sorted(odd))}")
-        paths = {"output": path, "data_dir": values["data_dir"] and Path(values["data_dir"])}
-        return Config(**values | paths)
-    except (OSError, ValueError) as error:
-        raise ArgumentError(f"{file} is damaged or cannot be read: {error}") from error
+    if not (path / CONFIG).is_file():
+        raise ArgumentError(f"{path} is no run folder: it has no {CONFIG}")
+    content = seals.read_sealed(path, CONFIG)
+    return dataclasses.replace(schema.json_as(Config, content, path / CONFIG), output=path)
+
+
+def read_metrics(path: Path) -> list[Metrics]:
+    """Returns the epochs of the finished run in the folder `path`.
+
+    Raises:
+        ArgumentError: if metrics.csv is damaged or cannot be read.
+    """
+    return schema.csv_as(Metrics, seals.read_sealed(path, METRICS), path / METRICS)

@@ -8,27 +8,23 @@ from typing import Any
 import jax
 import numpy as np
 
+from experiments.config.config import CHANGEABLE, option_of
 from experiments.data import base_name
 from experiments.run import curves
-from experiments.run.checkpoints import UNKNOWN, CheckpointError, Checkpoints
+from experiments.run.arrays import all_finite
+from experiments.run.checkpoints import (
+    UNKNOWN,
+    CheckpointError,
+    Checkpoints,
+    DamagedCheckpointError,
+)
+from experiments.run.ends import InterruptedRunError, NonFiniteLossError
 from experiments.run.experiment import Experiment
-from experiments.run.folder import RunFolder
+from experiments.run.folder import RunFolder, Summary
 from experiments.step.feeds import advance
 from experiments.step.train_step import TrainState
-from experiments.system import machine, processes, progress
+from experiments.system import files, machine, processes, progress
 from experiments.system.interruption import Interruption
-
-
-class NonFiniteLossError(Exception):
-    """The loss became infinite or NaN."""
-
-
-class InterruptedRunError(KeyboardInterrupt):
-    """A run was interrupted and saved. :attr:`summary` is what :meth:`Run.finish` returns."""
-
-    def __init__(self, summary: dict[str, Any]) -> None:
-        super().__init__("interrupted")
-        self.summary = summary
 
 
 class Run:
@@ -60,23 +56,41 @@ class Run:
         self.step = 0
         self.losses: list[float] = []  # of the current epoch
         self.compile_seconds = 0.0
-        rows = self._restore(saved[-1]) if (saved := self.checkpoints.steps()) else []
+        self.changed: list[str] = []
+        rows = self._restore_last()
         folder.start_metrics(rows)
         # The metrics of the best epoch.
         best_step = self.checkpoints.best_step()
         self.best = next((row for row in rows if row["step"] == best_step), None)
         self.write_summary("started")
 
+    def _restore_last(self) -> list[dict[str, Any]]:
+        """Restores the last checkpoint that is not damaged, if any; returns its metrics."""
+        for step in reversed(saved := self.checkpoints.steps()):
+            try:
+                return self._restore(step)
+            except DamagedCheckpointError as error:
+                # With several processes, one alone cannot decide.
+                if step == saved[0] or jax.process_count() > 1:
+                    raise
+                place = files.as_typed(self.checkpoints.set_aside(step))
+                print(f"{error}. It is now {place}, and the checkpoint before is taken")
+        return []
+
     def _restore(self, step: int) -> list[dict[str, Any]]:
         """Restores the checkpoint of `step`; returns its metrics."""
         self.state, progress = self.checkpoints.restore(step, self.state)
         there, here = progress["identity"], self._identity()
         for name, value in here.items():
-            if there.get(name) != value:
+            if there.get(name) == value:
+                continue
+            if name not in CHANGEABLE:
                 raise CheckpointError(
                     f"the checkpoint {self.folder.checkpoints / str(step)} is of another run: its "
                     f"{name} is {there.get(name)}, not {value}"
                 )
+            self.changed.append(f"{option_of(name)} {value:g} from step {step}")
+        self.changed = progress["changed"] + self.changed
         self.step, self.losses = step, progress["losses"]
         self.seconds_in_epoch = progress["seconds_in_epoch"]
         self.seconds_before = progress["seconds"]
@@ -94,6 +108,7 @@ class Run:
         return values | {
             "train_examples": experiment.train.examples,
             "image_shape": list(experiment.dataset.image_shape),
+            "JAX_ENABLE_X64": jax.config.jax_enable_x64,  # type: ignore[attr-defined]
         }
 
     def train(self, interruption: Interruption) -> None:
@@ -135,13 +150,25 @@ class Run:
         bar.advance(len(losses))
         if not np.isfinite(losses).all():
             first = int(np.flatnonzero(~np.isfinite(self.losses))[0])
-            self._stop_at(len(self.folder.metrics) * self.experiment.steps_per_epoch + first)
+            before = len(self.folder.metrics) * self.experiment.steps_per_epoch
+            self._stop("the loss", before + first)
 
-    def _stop_at(self, step: int) -> None:
-        raise NonFiniteLossError(
-            f"stopped: the loss is not finite at step {step} (epoch "
-            f"{len(self.folder.metrics) + 1}); a smaller --learning-rate or --rho may help"
-        )
+    def _stop(self, what: str, step: int) -> None:
+        """Raises NonFiniteLossError for what is not finite after `step` steps."""
+        self.checkpoints.wait()
+        how = f"start again with a smaller {' or '.join(map(option_of, self._smaller()))}"
+        if saved := self.checkpoints.steps():
+            option = option_of(self._smaller()[0])
+            how = (
+                f"to go on from step {saved[-1]}: python -m experiments.train --resume "
+                f"{files.as_typed(self.folder.path)} {option} VALUE, with a smaller value"
+            )
+        epoch = len(self.folder.metrics) + 1
+        why = f"stopped: {what} is not finite after step {step} (epoch {epoch})"
+        raise NonFiniteLossError(why, how)
+
+    def _smaller(self) -> list[str]:
+        return [name for name in CHANGEABLE if name in self.experiment.recipe.hyperparameters]
 
     def _end_epoch(self) -> None:
         experiment = self.experiment
@@ -150,7 +177,7 @@ class Run:
         )
         # The losses do not cover the parameters after the last step.
         if not np.isfinite(accuracy):
-            self._stop_at(self.step)
+            self._stop("a logit", self.step)
         examples = experiment.steps_per_epoch * experiment.recipe.batch_size
         row = {
             "epoch": len(self.folder.metrics) + 1,
@@ -176,11 +203,15 @@ class Run:
         )
 
     def _save(self, accuracy: float = UNKNOWN) -> None:
+        # A loss notices them one step later.
+        if not all_finite(self.state):
+            self._stop("a parameter", self.step)
         # Copied lists: orbax writes them while training continues.
         progress = {
             "identity": self._identity(),
             "metrics": list(self.folder.metrics),
             "losses": list(self.losses),
+            "changed": list(self.changed),
             "seconds_in_epoch": self.seconds_in_epoch,
             "seconds": self._seconds(),
         }
@@ -229,27 +260,29 @@ class Run:
         self, status: str, test_accuracy: float | None = None, last: float | None = None
     ) -> dict[str, Any]:
         """Writes summary.json with what is known now, and returns it with the folder's path."""
-        summary = {
-            "status": status,
-            "epochs_completed": len(self.folder.metrics),
-            "epochs": self.experiment.recipe.epochs,
-            "steps": self.step,
-            "steps_per_epoch": self.experiment.steps_per_epoch,
-            "checkpoint_epoch": self.best and self.best["epoch"],
-            "validation_accuracy": self.best and self.best["validation_accuracy"],
-            "test_accuracy": test_accuracy,
-            "last_test_accuracy": last,
-            "test_examples": self.experiment.test.examples,
-            "seconds": round(self._seconds(), 2),
-            "compile_seconds": round(self.compile_seconds, 2),
-            "peak_memory_bytes": machine.peak_bytes(),
-            "device": jax.devices()[0].device_kind,
-            "devices": self.experiment.layout.mesh.size,
-            "processes": jax.process_count(),
-            "versions": machine.versions(),
-        }
-        self.folder.write_json("summary.json", summary)
-        return summary | {"folder": str(self.folder.path)}
+        best = self.best or {}
+        summary = Summary(
+            status=status,
+            epochs_completed=len(self.folder.metrics),
+            epochs=self.experiment.recipe.epochs,
+            steps=self.step,
+            steps_per_epoch=self.experiment.steps_per_epoch,
+            checkpoint_epoch=best.get("epoch"),
+            validation_accuracy=best.get("validation_accuracy"),
+            test_accuracy=test_accuracy,
+            last_test_accuracy=last,
+            test_examples=self.experiment.test.examples,
+            seconds=round(self._seconds(), 2),
+            compile_seconds=round(self.compile_seconds, 2),
+            peak_memory_bytes=machine.peak_bytes(),
+            device=jax.devices()[0].device_kind,
+            devices=self.experiment.layout.mesh.size,
+            processes=jax.process_count(),
+            versions=machine.versions(),
+            changed=self.changed,
+        )
+        self.folder.write_summary(summary)
+        return dataclasses.asdict(summary) | {"folder": str(self.folder.path)}
 
     def close(self) -> None:
         """Waits until all checkpoints are written."""

@@ -8,11 +8,13 @@ from typing import Any
 import jax
 
 from experiments import data
-from experiments.config.config import TOKENIZER, Config
+from experiments.config.config import CHANGEABLE, TOKENIZER, Config
 from experiments.config.recipe import Recipe, differences, filled_in, resolve
+from experiments.data.workers import WorkerError
+from experiments.run.ends import StoppedRunError
 from experiments.run.experiment import Experiment, experiment_of
-from experiments.run.folder import RunFolder, as_json
-from experiments.run.loop import NonFiniteLossError, Run
+from experiments.run.folder import CONFIG, RunFolder, as_json, as_text, read_config
+from experiments.run.loop import Run
 from experiments.step.layout import layout_of
 from experiments.system import files, processes
 from experiments.system.command_line import ArgumentError
@@ -31,15 +33,16 @@ def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
             made.
         DatasetError: if the data set is not there.
         CheckpointError: if a checkpoint cannot be read.
-        NonFiniteLossError: if a loss is not finite; the message names the step.
+        StoppedRunError: if data can no longer be read, or, as a NonFiniteLossError, if a loss or a
+            parameter is not finite. The message names the step, and how to resume.
         InterruptedRunError: on Ctrl-C, after a checkpoint at the end of the current launch. A
             SIGTERM also writes a checkpoint, but returns. In both cases the status in the summary
             is "interrupted". If there are several processes, Ctrl-C ends one at once.
     """
     if resume is not None:
         summary = RunFolder(resume).read_summary()
-        if summary.get("status") == "finished":
-            return summary | {"folder": str(resume.resolve())}
+        if summary is not None and summary.is_finished:
+            return dataclasses.asdict(summary) | {"folder": str(resume.resolve())}
     with contextlib.ExitStack() as stack:
         shared = jax.process_count() > 1
         interruption = stack.enter_context(SharedInterruption() if shared else Interruption())
@@ -55,18 +58,26 @@ def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
             asked, config = config, _with_defaults(config, experiment.recipe, every, output)
             folder = stack.enter_context(contextlib.closing(_open(output, config, resume)))
             if content := experiment.dataset.tokenizer:
-                folder.write_text(TOKENIZER, content)
+                folder.write_sealed({TOKENIZER: content})
             print(_in_words(asked, experiment, output))
             run = Run(experiment, folder, every, config.keep_checkpoints)
             stack.enter_context(contextlib.closing(run))
+            if resume is not None:
+                folder.write_sealed(_changed_config(config, resume))
             run.train(interruption)
             return run.finish(interruption)
-        except NonFiniteLossError as error:
+        except StoppedRunError as error:
             if run is not None:
-                run.write_summary(str(error))
+                run.write_summary(error.why)
             raise
-        except jax.errors.JaxRuntimeError as error:
-            if shared:
+        except (WorkerError, data.DatasetError) as error:
+            if run is None:
+                raise
+            why = f"stopped: {error}"
+            run.write_summary(why)
+            raise StoppedRunError(why, f"to resume: {_resuming(run.folder.path)}") from error
+        except (jax.errors.JaxRuntimeError, ValueError) as error:
+            if shared and processes.is_lost_peer(error):
                 processes.abandon(error)
             raise
 
@@ -132,6 +143,18 @@ def _with_defaults(config: Config, recipe: Recipe, every: int, output: Path) -> 
     )
 
 
+def _changed_config(config: Config, folder: Path) -> dict[str, str]:
+    """Returns config.json with what was changed when the run was resumed; nothing if nothing."""
+    there = read_config(folder)
+    changed = {name: getattr(config, name) for name in CHANGEABLE}
+    new = dataclasses.replace(there, **changed)
+    return {} if new == there else {CONFIG: as_text(as_json(new))}
+
+
+def _resuming(folder: Path) -> str:
+    return f"python -m experiments.train --resume {files.as_typed(folder)}"
+
+
 def _last_words(folder: Path | None) -> str:
     return (
         "error: this process was ended. If a line above says that a task died or a connection was "
@@ -159,7 +182,7 @@ def _open(output: Path, config: Config, resume: Path | None) -> RunFolder:
                 folder = RunFolder.create(output, as_json(config))
             else:
                 folder = RunFolder(resume)
-            folder.lock()
+                folder.lock()
         except OSError as error:
             raise ArgumentError(f"--output must be a folder to write to: {error}") from error
         opened.append(folder)

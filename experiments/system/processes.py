@@ -68,10 +68,20 @@ def join(
         for name in ("heartbeat_timeout_seconds", "shutdown_timeout_seconds")
         if name in taken
     }
+    bound = {}
+    if process_id == 0 and _is_loopback(str(coordinator_address)):
+        # Otherwise the first process listens on every network of its machine.
+        bound["coordinator_bind_address"] = coordinator_address
     try:
-        jax.distributed.initialize(coordinator_address, num_processes, process_id, **timeouts)
+        jax.distributed.initialize(
+            coordinator_address, num_processes, process_id, **timeouts, **bound
+        )
     except (RuntimeError, ValueError) as error:
         raise ArgumentError(f"--distributed: {str(error).splitlines()[0]}") from error
+
+
+def _is_loopback(address: str) -> bool:
+    return address.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]")
 
 
 def is_first() -> bool:
@@ -139,6 +149,11 @@ def _from_all(message: Any) -> list[Any]:
 def _cut(error: Exception) -> str:
     # JSON may escape a character by twelve bytes.
     return str(error)[: _MESSAGE_BYTES // 16]
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Returns whether an error of JAX may come from another process that is gone."""
+    return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)
 
 
 def abandon(error: Exception) -> NoReturn:

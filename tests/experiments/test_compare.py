@@ -15,9 +15,10 @@ import pytest
 from experiments import compare
 from experiments.comparison import results
 from experiments.comparison.grid_run import GridRun
+from experiments.comparison.reading import read_results
 from experiments.comparison.replicas import Replicas
 from experiments.comparison.results import Comparison
-from experiments.system import files, machine
+from experiments.system import files, machine, seals
 from tests.experiments.comparison.command import SMALL, quickly, run
 
 GRID = ["--methods", "sgd", "sam", "--rho", 0.05, 0.5, 1e30, "--epochs", 2, *SMALL]
@@ -100,6 +101,7 @@ def test_what_is_resumed_elsewhere_is_told(version, copy, capsys, monkeypatch):
     about = json.loads((copy / "comparison.json").read_text())
     about["versions"]["jax"] = version
     (copy / "comparison.json").write_text(json.dumps(about))
+    seals.accept(copy, ["comparison.json", "runs.csv", "curves.csv"])
     monkeypatch.setattr(GridRun, "train", lambda self: None)
     status, _, err = run(capsys, *GRID, "--output", copy)
     assert status == 0, err
@@ -121,6 +123,7 @@ def test_a_comparison_that_names_the_default_optimizer_is_resumed(copy, capsys, 
     assert about["grid"]["base"] is None
     about["grid"]["base"] = "sgd"
     (copy / "comparison.json").write_text(json.dumps(about))
+    seals.accept(copy, ["comparison.json", "runs.csv", "curves.csv"])
     monkeypatch.setattr(GridRun, "train", lambda self: None)
     status, _, err = run(capsys, *GRID, "--output", copy)
     assert status == 0, err
@@ -151,7 +154,7 @@ def test_a_finished_comparison_is_not_computed_again(copy, capsys, monkeypatch):
 
 def test_results_are_merged(finished, tmp_path, capsys):
     folder, _ = finished
-    (known,) = results.read_results(folder)
+    (known,) = read_results(folder)
     for name, task, method in (
         ("asam", known.task, "asam"),
         ("clean", known.task | {"label_noise": 0.0}, "sam"),
@@ -205,7 +208,7 @@ def test_a_report_is_made_again(finished, tmp_path, capsys):
         (["--first-seed", "-1"], "--first-seed must be finite, at least 0"),
         (["--methods", "sgd", "sampa@start-step=20"], "--start-step cannot be used with"),
         (["--from"], "--from must name at least one folder"),
-        (["--from", "missing"], "missing cannot be read as results"),
+        (["--from", "missing"], "missing has no results"),
         (["--from", "missing", "--rho", "0.1"], "--from takes no option but"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",

@@ -16,7 +16,8 @@ from tests.experiments.script import call, start
 
 # 2 epochs of 4 steps.
 SHORT = ["--epochs", 2, "--train-examples", 128, "--devices", 1]
-FILES = ["checkpoints", "config.json", "curves.png", "metrics.csv", "summary.json", "tensorboard"]
+FILES = ["checkpoints", "config.json", "curves.png", "metrics.csv", "seal.json", "summary.json"]
+FILES += ["tensorboard"]
 
 with_small_mlp = pytest.mark.usefixtures("small_mlp")
 
@@ -247,9 +248,11 @@ def test_a_non_finite_loss_stops_the_run_and_names_the_step(examples, tmp_path, 
     args = ["--epochs", 1, "--train-examples", examples, "--devices", 1, "--method", "sgd"]
     status, _, err = run(capsys, *args, "--learning-rate", "1e38", "--output", folder)
     assert status == 1
-    assert "error: stopped: the loss is not finite at step 1 (epoch 1); a smaller" in err
+    what = "the loss" if examples == 128 else "a logit"
+    assert f"error: stopped: {what} is not finite after step 1 (epoch 1); start again with" in err
+    assert err.endswith("with a smaller --learning-rate\n")
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["status"].startswith("stopped: the loss is")
+    assert summary["status"] == f"stopped: {what} is not finite after step 1 (epoch 1)"
     assert summary["epochs_completed"] == 0
 
 

@@ -1,6 +1,7 @@
 """Streams: data sets larger than the memory, or with images of several sizes."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from experiments import data
 from experiments.data import image_files
 from experiments.data.prepared import open_builder
 from experiments.data.tfds_images import tfds_images
+from experiments.data.workers import WorkerError, made_ahead
 from tests.experiments import tiny_dataset
 
 ROOT = Path(__file__).parents[3]
@@ -193,3 +195,29 @@ def test_workers_end_with_the_program(end, folder, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
     if end != "SIGKILL":
         assert (process.returncode, err) == (0, "")
+
+
+class Large:
+    """Items that do not fit into a pipe: a worker is nearly always within the write of one."""
+
+    def __len__(self):
+        return 10_000
+
+    def __getitem__(self, index):
+        return bytes(4_000_000)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [1, 3])
+def test_a_killed_worker_is_an_error(kept):
+    """It does not wait for ever, and leaves no other worker behind."""
+    before = set(multiprocessing.active_children())
+    items = made_ahead(Large(), 2)
+    for _ in range(kept):
+        next(items)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    workers.pop().kill()
+    with pytest.raises(WorkerError, match="has ended, perhaps for lack of memory"):
+        list(items)
+    assert not set(multiprocessing.active_children()) - before

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from experiments import robustness, sharpness
-from experiments.comparison.results import read_results
+from experiments.comparison.reading import read_results
 from experiments.config.config import Config
 from experiments.data import load
 from experiments.measures.trained import trained_in
 from experiments.system import files
+from tests.experiments.run.runs import edit
 from tests.experiments.script import refusal
 
 pytestmark = pytest.mark.usefixtures("small_mlp")
@@ -93,10 +94,9 @@ def test_bad_input_is_one_line(command, finished, tmp_path, capsys):
     assert "is no run folder" in refused(tmp_path / "nothing")
     assert "name the folder of a run" in refused()
     assert "--examples must be finite, at least 1" in refused(run, "--examples", 0)
-    config = json.loads((finished / "run0" / "config.json").read_text())
     other = tmp_path / "other"
     shutil.copytree(finished / "run0", other)
-    (other / "config.json").write_text(json.dumps(config | {"label_noise": 0.0}))
+    edit(other, "config.json", '"label_noise": 0.2', '"label_noise": 0.0')
     assert "another label noise" in refused(finished / "run1", other)
     assert not (tmp_path / "new").exists()
 

@@ -40,8 +40,8 @@ def assert_same_run(folder, other):
     for row, expected in zip(rows, others, strict=True):
         assert row == pytest.approx(expected, rel=2e-4)
     finished = [RunFolder(f).read_summary() for f in (folder, other)]
-    assert [summary["status"] for summary in finished] == ["finished"] * 2
-    assert finished[0]["test_accuracy"] == pytest.approx(finished[1]["test_accuracy"], abs=0.01)
+    assert [summary.status for summary in finished] == ["finished"] * 2
+    assert finished[0].test_accuracy == pytest.approx(finished[1].test_accuracy, abs=0.01)
 
 
 def names_in(folder):
@@ -80,7 +80,7 @@ def test_two_processes_of_two_devices_give_the_numbers_of_one(tmp_path):
     # Gloo's threads may mix up their lines, and are all that the other process prints.
     assert not any(word in second for word in ("accuracy", "loss", "compiled", "method="))
     summary = RunFolder(tmp_path / "two").read_summary()
-    assert (summary["processes"], summary["devices"]) == (2, 4)
+    assert (summary.processes, summary.devices) == (2, 4)
 
 
 @slow

@@ -36,7 +36,7 @@ def test_other_processes_write_nothing(tmp_path):
     folder.lock()
     folder.start_metrics([])
     folder.append_metrics(dict.fromkeys(COLUMNS, 1))
-    folder.write_json("summary.json", {})
+    folder.write_sealed({"summary.json": "{}"})
     curves.draw(folder, "title", 1)
     folder.close()
     assert len(folder.metrics) == 1

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from experiments import evaluate, train
+from experiments import evaluate, seal, train
 from experiments.config.config import Config
 from experiments.run.folder import RunFolder, read_config
 from experiments.run.training import train as run_training
-from tests.experiments.run.runs import assert_same_run, rows_of, saved_steps
+from experiments.system import seals
+from tests.conftest import enable_x64
+from tests.experiments.run.runs import assert_same_run, edit, rows_of, saved_steps
 from tests.experiments.script import call
 
 pytestmark = [
@@ -57,10 +59,10 @@ def test_ctrl_c_saves_and_tests_the_best_checkpoint(tmp_path, stopped_at):
     with stopped_at(8, signal.SIGINT), pytest.raises(KeyboardInterrupt):
         run_training(config(tmp_path / "run", method="sgd"))
     summary = RunFolder(tmp_path / "run").read_summary()
-    assert (summary["status"], summary["steps"]) == ("interrupted", 14)
-    assert summary["epochs_completed"] == len(rows_of(tmp_path / "run")) == 2
-    assert summary["checkpoint_epoch"] == 2
-    assert 0 < summary["test_accuracy"] <= 1
+    assert (summary.status, summary.steps) == ("interrupted", 14)
+    assert summary.epochs_completed == len(rows_of(tmp_path / "run")) == 2
+    assert summary.checkpoint_epoch == 2
+    assert 0 < summary.test_accuracy <= 1
     assert (tmp_path / "run" / "curves.png").exists()
 
 
@@ -81,8 +83,7 @@ def finished(tmp_path_factory):
 def unfinished(finished, tmp_path):
     """A copy of the run that says that it did not end."""
     folder = shutil.copytree(finished, tmp_path / "copy")
-    summary = folder / "summary.json"
-    summary.write_text(summary.read_text().replace('"finished"', '"started"'))
+    edit(folder, "summary.json", '"finished"', '"started"')
     return folder
 
 
@@ -147,18 +148,6 @@ def test_evaluation_leaves_an_unfinished_save_as_it_is(unfinished, capsys):
     assert under_way.exists()
 
 
-def test_without_a_damaged_checkpoint_the_run_resumes_from_an_earlier_one(unfinished, capsys):
-    *_, earlier, last = saved_steps(unfinished)
-    checkpoint = unfinished / "checkpoints" / str(last)
-    truncate(max(checkpoint.glob("state/**/d/*"), key=size_of))
-    assert_one_error(resume(capsys, unfinished), f"{last} is damaged")
-    shutil.rmtree(checkpoint)
-    status, out, err = resume(capsys, unfinished)
-    assert status == 0, err
-    assert f"resuming from step {earlier}\n" in out
-    assert re.search(r"^test accuracy \d", out, re.M)
-
-
 def size_of(path):
     return path.stat().st_size
 
@@ -173,6 +162,14 @@ def change_a_byte(path):
     path.write_bytes(content)
 
 
+def change_a_digit(path):
+    """Changes the accuracy to another number."""
+    text = path.read_text()
+    changed = re.sub(r'("accuracy": 0\.)(\d)', lambda m: m[1] + str((int(m[2]) + 1) % 10), text)
+    assert changed != text
+    path.write_text(changed)
+
+
 @pytest.mark.parametrize(
     ("which", "damage"),
     [
@@ -182,57 +179,98 @@ def change_a_byte(path):
         pytest.param("metadata", truncate, id="truncated metadata"),
         pytest.param("metadata", change_a_byte, id="changed metadata", marks=pytest.mark.slow),
         pytest.param("metadata", Path.unlink, id="missing metadata", marks=pytest.mark.slow),
-        pytest.param("progress", truncate, id="truncated progress", marks=pytest.mark.slow),
-        pytest.param("progress", change_a_byte, id="changed progress", marks=pytest.mark.slow),
-        pytest.param("progress", Path.unlink, id="missing progress"),
+        pytest.param("about", truncate, id="truncated about", marks=pytest.mark.slow),
+        pytest.param("about", change_a_digit, id="changed accuracy"),
+        pytest.param("about", Path.unlink, id="missing about", marks=pytest.mark.slow),
     ],
 )
-def test_a_damaged_checkpoint_is_one_clear_error(damage, which, unfinished, capsys):
-    checkpoint = unfinished / "checkpoints" / str(saved_steps(unfinished)[-1])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    damage, which, finished, unfinished, capsys
+):
+    *_, earlier, last = saved_steps(unfinished)
+    checkpoint = unfinished / "checkpoints" / str(last)
     files = {
         "arrays": max(checkpoint.glob("state/**/d/*"), key=size_of),
         "metadata": checkpoint / "state" / "_METADATA",
-        "progress": checkpoint / "progress" / "metadata",
+        "about": checkpoint / "about" / "metadata",
     }
     damage(files[which])
-    message = f"the checkpoint {checkpoint.resolve()} is damaged or of another run"
-    assert_one_error(resume(capsys, unfinished), message)
+    damaged = f"the checkpoint {checkpoint.resolve()} is damaged"
+    result = call(evaluate.main, capsys, unfinished, "--step", last)
+    assert_one_error(result, damaged)
+    status, out, err = resume(capsys, unfinished)
+    assert status == 0, err
+    assert damaged in out
+    assert f"resuming from step {earlier}\n" in out
+    assert (unfinished / "damaged" / str(last)).is_dir()
+    assert_same_run(unfinished, finished, 21)
+
+
+def test_a_damaged_only_checkpoint_is_one_error(unfinished, capsys):
+    *others, last = saved_steps(unfinished)
+    for step in others:
+        shutil.rmtree(unfinished / "checkpoints" / str(step))
+    change_a_digit(unfinished / "checkpoints" / str(last) / "about" / "metadata")
+    assert_one_error(resume(capsys, unfinished), "is damaged (what is known about it is not what")
+    assert saved_steps(unfinished) == [last]
 
 
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('"model": "mlp"', '"model": "cnn"', "is damaged or of another run"),
+        ('"model": "mlp"', '"model": "cnn"', "is of another network: its params.convolutions.0."),
         ('"seed": 0', '"seed": 1', "is of another run: its seed is 0, not 1"),
-        ('"rho": 0.05', '"rho": 0.06', "is of another run: its rho is 0.05, not 0.06"),
     ],
-    ids=["model", "seed", "rho"],
+    ids=["model", "seed"],
 )
 def test_a_checkpoint_of_another_run_is_one_clear_error(old, new, message, unfinished, capsys):
-    saved = unfinished / "config.json"
-    assert old in saved.read_text()
-    saved.write_text(saved.read_text().replace(old, new))
+    edit(unfinished, "config.json", old, new)
     assert_one_error(resume(capsys, unfinished), message)
+    assert saved_steps(unfinished)[-1] == 21
+
+
+def test_other_arithmetic_is_one_clear_error(unfinished, capsys):
+    with enable_x64(True):
+        assert_one_error(resume(capsys, unfinished), "its JAX_ENABLE_X64 is False, not True")
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "seal.json"])
+def test_a_changed_file_is_refused_until_it_is_accepted(name, unfinished, capsys):
+    path = unfinished / name
+    path.write_text(path.read_text().replace("1", "2", 1))
+    status, _, err = resume(capsys, unfinished)
+    assert status == 2
+    assert err.count("\n") == 1
+    assert str(path.resolve()) in err or str(path) in err
+    assert f"python -m experiments.seal {unfinished} --accept" in err
+    assert call(seal.main, capsys, unfinished)[0] == 1
+    assert call(seal.main, capsys, unfinished, "--accept")[0] == 0
+    status, out, _ = call(seal.main, capsys, unfinished)
+    assert (status, out) == (0, f"{unfinished}: as written\n")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (None, "is no run folder: it has no config.json"),
-        ("{", "config.json is damaged"),
-        ("[]", "it holds no configuration"),
-        ('{"epochs": 3}', "it is of another version: alpha, attack_radius, base"),
+        ("{", "config.json cannot be read: Input data was truncated"),
+        ("[]", "config.json cannot be read: expected an object, got []"),
+        ('{"epochs": "3"}', "config.json cannot be read: Expected `int | null`, got `str`"),
+        ('{"model": "big"}', "config.json cannot be read: --model: there is no model 'big'"),
+        ('{"rho": 1e400}', "config.json cannot be read"),
+        ('{"depth": 3}', "config.json cannot be read: unknown field 'depth'"),
     ],
-    ids=["none", "damaged", "list", "other version"],
+    ids=["none", "damaged", "list", "text", "model", "infinite", "unknown"],
 )
 def test_other_folders_are_one_clear_error(content, message, tmp_path, capsys):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
+        seals.accept(tmp_path, ["config.json"])
     assert_one_error(resume(capsys, tmp_path), message)
 
 
 @pytest.mark.parametrize(
-    "args", [["--epochs", "9"], ["--rho", "0.3"], ["--output", "other"]], ids=str
+    "args", [["--epochs", "9"], ["--mu", "0.3"], ["--output", "other"]], ids=str
 )
 def test_resume_takes_no_other_options(args, finished, capsys):
     message = "error: --resume takes the run's own options: remove all other options but --data-dir"
@@ -247,12 +285,10 @@ def test_a_run_resumes_on_other_devices(finished):
     )
     places = {"parallelism": "shard_map", "devices": 4, "data_dir": Path("there")}
     assert options.config == dataclasses.replace(read_config(finished), **places)
-    saved = finished / "config.json"
-    text = saved.read_text()
+    edit(finished, "config.json", '"fsdp": 1', '"fsdp": 2')
     try:
-        saved.write_text(re.sub(r'"fsdp": 1', '"fsdp": 2', text))
         for args, fsdp in (([], 2), (["--fsdp", "1"], 1)):
             args = ["--resume", str(finished), *args]
             assert train.command_line.parse(train.TrainOptions, "", args).config.fsdp == fsdp
     finally:
-        saved.write_text(text)
+        edit(finished, "config.json", '"fsdp": 2', '"fsdp": 1')

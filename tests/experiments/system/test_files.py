@@ -18,6 +18,38 @@ def test_rows_of_a_csv_may_lack_columns(tmp_path):
     assert files.read_csv(tmp_path / "a.csv") == [{"x": "1", "y": "a,b"}, {"x": "", "y": "2"}]
 
 
+def test_a_link_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "other").write_text("kept")
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    with pytest.raises(OSError, match="link"):
+        files.read_bytes(tmp_path / "link")
+    with pytest.raises(OSError, match="link"):
+        files.append_text(tmp_path / "link", "lost")
+    files.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "other").read_text() == "kept"
+    assert not (tmp_path / "link").is_symlink()
+    (tmp_path / "link").unlink()
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "link").symlink_to(tmp_path)
+    with pytest.raises(OSError, match="part/link is a symbolic link"), files.locked(tmp_path):
+        raise AssertionError("a folder with a link")
+
+
+def test_remains_of_a_killed_process_are_removed(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / ".a.txt.0123.tmp").touch()
+    with files.locked(tmp_path):
+        assert not list(tmp_path.iterdir())
+    files.write_text(tmp_path / "a.txt", "old")
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        files.write_text(tmp_path / "a.txt", "new")
+    assert list(tmp_path.iterdir()) == [tmp_path / "a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
 def test_only_an_empty_folder_is_new(tmp_path):
     files.check_new(tmp_path)
     files.check_new(tmp_path / "none")
@@ -28,11 +60,9 @@ def test_only_an_empty_folder_is_new(tmp_path):
 
 
 def test_new_folders_have_different_names(tmp_path):
-    made = []
-    for _ in range(3):
-        made.append(files.new_folder("run", tmp_path))
-        made[-1].mkdir()
+    made = [files.new_folder("run", tmp_path) for _ in range(3)]
     assert len(set(made)) == 3
+    assert set(tmp_path.iterdir()) == set(made)
     assert all(path.name.startswith("run-") for path in made)
 
 
