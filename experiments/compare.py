@@ -27,7 +27,7 @@ from experiments.config.config import check_ranges, option_of
 from experiments.config.hyperparameters import Range
 from experiments.data import DatasetError
 from experiments.run.checkpoints import CheckpointError
-from experiments.system import command_line, files, machine
+from experiments.system import command_line, exhaustion, files, machine
 from experiments.system.command_line import ArgumentError, OrDefault
 from experiments.system.suggestions import did_you_mean
 
@@ -99,6 +99,11 @@ def _compare(options: CompareOptions, folder: Path, given: Sequence[str]) -> Non
             )
     except (ArgumentError, DatasetError, CheckpointError) as error:
         command_line.fail(str(error))
+    except Exception as error:
+        if what := exhaustion.what_is_exhausted(error):
+            how = f"To resume, run the same command with --output {folder}"
+            raise exhaustion.ExhaustedError(f"{what}. What was saved is kept. {how}") from error
+        raise
     except KeyboardInterrupt:
         message = f"interrupted: to resume, run the same command with --output {folder}"
         print(message, file=sys.stderr)
@@ -106,4 +111,4 @@ def _compare(options: CompareOptions, folder: Path, given: Sequence[str]) -> Non
 
 
 if __name__ == "__main__":
-    main()
+    exhaustion.run(main)

@@ -19,7 +19,7 @@ from experiments.data import Source, base_name
 from experiments.measures.command import about, errors_in_one_line, folder_for
 from experiments.measures.edge import METHODS_AT_THE_EDGE, Setting, curvature_along
 from experiments.measures.edge_report import write_edge_report
-from experiments.system import command_line
+from experiments.system import command_line, exhaustion
 from experiments.system.command_line import ArgumentError, OrDefault
 from experiments.system.suggestions import did_you_mean
 
@@ -93,4 +93,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exhaustion.run(main)

@@ -17,7 +17,7 @@ from experiments.data import DatasetError
 from experiments.run.checkpoints import CheckpointError
 from experiments.run.folder import as_text
 from experiments.run.restoring import accuracy_and_loss, restore
-from experiments.system import command_line, files
+from experiments.system import command_line, exhaustion, files
 from experiments.system.command_line import ArgumentError, OrDefault
 
 
@@ -60,4 +60,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exhaustion.run(main)

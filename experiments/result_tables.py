@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.comparison.documents import updated
-from experiments.system import command_line, files
+from experiments.system import command_line, exhaustion, files
 
 ROOT = Path(__file__).parents[1]
 
@@ -27,4 +27,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exhaustion.run(main)

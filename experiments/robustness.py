@@ -19,7 +19,7 @@ from experiments.measures.command import TrainedNetworks, about, errors_in_one_l
 from experiments.measures.masking import checked
 from experiments.measures.robustness_report import rows_of_accuracies, write_robustness_report
 from experiments.measures.trained import Trained
-from experiments.system import command_line, progress
+from experiments.system import command_line, exhaustion, progress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,4 +89,4 @@ def _differ_in_training(plain: Trained, networks: Trained) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    exhaustion.run(main)

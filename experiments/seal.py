@@ -16,7 +16,7 @@ from typing import Annotated
 import tyro
 
 from experiments.comparison.reading import sealed_files
-from experiments.system import command_line, files, seals
+from experiments.system import command_line, exhaustion, files, seals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,4 +52,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exhaustion.run(main)

@@ -23,7 +23,7 @@ from experiments.measures.sharpness import (
 )
 from experiments.measures.sharpness_report import write_sharpness_report
 from experiments.measures.slices import Slices, measured_slices
-from experiments.system import command_line, progress
+from experiments.system import command_line, exhaustion, progress
 from experiments.system.command_line import ArgumentError, OrDefault
 
 _POINTS_OF_SPECTRUM = 201
@@ -115,4 +115,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exhaustion.run(main)

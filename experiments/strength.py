@@ -19,7 +19,7 @@ from experiments.data import base_name
 from experiments.measures.command import about, errors_in_one_line, folder_for
 from experiments.measures.strength_report import write_strength_report
 from experiments.measures.strength_run import measured_along
-from experiments.system import command_line, machine
+from experiments.system import command_line, exhaustion, machine
 from experiments.system.command_line import ArgumentError, OrDefault
 
 
@@ -76,4 +76,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exhaustion.run(main)

@@ -28,7 +28,7 @@ from experiments.run.checkpoints import CheckpointError
 from experiments.run.ends import InterruptedRunError, StoppedRunError
 from experiments.run.folder import as_json, read_config
 from experiments.run.training import train
-from experiments.system import command_line, processes
+from experiments.system import command_line, exhaustion, processes
 from experiments.system.command_line import ArgumentError, OrDefault
 from experiments.system.files import as_typed
 
@@ -145,4 +145,4 @@ def _in_words(summary: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    exhaustion.run(main)

@@ -20,7 +20,7 @@ from experiments.config.hyperparameters import Range
 from experiments.config.recipe import resolve
 from experiments.run.experiment import experiment_of
 from experiments.step.layout import layout_of
-from experiments.system import command_line
+from experiments.system import command_line, exhaustion
 from experiments.system.command_line import ArgumentError
 
 STEPS_PER_EPOCH = 4
@@ -86,4 +86,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exhaustion.run(main)

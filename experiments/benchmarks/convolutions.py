@@ -27,7 +27,7 @@ from experiments.config.hyperparameters import Range
 from experiments.config.recipe import resolve
 from experiments.run.experiment import experiment_of
 from experiments.step.layout import layout_of
-from experiments.system import command_line, machine
+from experiments.system import command_line, exhaustion, machine
 from experiments.system.command_line import ArgumentError
 
 WITH_TORCH = ("resnet20", "resnet56", "wrn28_2", "vgg19_bn")
@@ -134,4 +134,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exhaustion.run(main)

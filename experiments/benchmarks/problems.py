@@ -1,4 +1,4 @@
-"""The problems of the benchmarks: networks, and random images."""
+"""The problems of the benchmarks: networks, and random images or texts."""
 
 import contextlib
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -13,13 +14,29 @@ import bisam_jax
 from experiments import data, models
 
 IMAGE_SHAPE = (28, 28, 1)
+VOCABULARY, LENGTH = 8192, 64
 CLASSES = 10
 # The layers of each network in words, and its options.
 NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "mlp": ("784-512-512-10", {"width": 512}),
     "cnn": ("32-64-128", {}),
     "resnet20": ("16-32-64", {}),
+    "text-transformer": ("2 blocks, 128 wide, 64 tokens", {"vocabulary": VOCABULARY}),
 }
+
+
+def shape_of(network: str) -> tuple[int, ...]:
+    """Returns the shape of an input of a network."""
+    reads_texts = models.ARCHITECTURES[network].reads_texts
+    return (LENGTH,) if reads_texts else IMAGE_SHAPE
+
+
+def random_inputs(network: str, examples: int, key: jax.Array) -> jax.Array:
+    """Returns random images, float32[examples, 28, 28, 1], or tokens, uint16[examples, 64]."""
+    shape = (examples, *shape_of(network))
+    if models.ARCHITECTURES[network].reads_texts:
+        return jax.random.randint(key, shape, 1, VOCABULARY).astype(jnp.uint16)
+    return jax.random.uniform(key, shape)
 
 
 def losses_of(apply: Callable, stats: Any) -> tuple[Callable, Callable]:

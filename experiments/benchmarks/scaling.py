@@ -36,7 +36,7 @@ from experiments.benchmarks.problems import (
 from experiments.config.config import check_ranges
 from experiments.config.hyperparameters import Range
 from experiments.step.layout import by_role, sharding_of
-from experiments.system import command_line
+from experiments.system import command_line, exhaustion
 
 DEVICES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -234,4 +234,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exhaustion.run(main)

@@ -22,13 +22,19 @@ import optax
 
 import bisam_jax
 from experiments import data, models
-from experiments.benchmarks.problems import CLASSES, IMAGE_SHAPE, NETWORKS, losses_of
+from experiments.benchmarks.problems import (
+    CLASSES,
+    NETWORKS,
+    losses_of,
+    random_inputs,
+    shape_of,
+)
 from experiments.config import methods
 from experiments.config.config import check_ranges
 from experiments.config.hyperparameters import Range
 from experiments.step import train_step
 from experiments.step.method import BuiltMethod, build_method
-from experiments.system import command_line, machine
+from experiments.system import command_line, exhaustion, machine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +47,9 @@ class StepsOptions:
     """Examples per step."""
     rho: float = 0.05
     """Radius of the perturbation."""
-    network: Literal["mlp", "cnn", "resnet20", "both"] = "both"
-    """A perceptron 784-512-512-10, a small convolutional network, ResNet-20, or the first two."""
+    network: Literal["mlp", "cnn", "resnet20", "text-transformer", "both"] = "both"
+    """A perceptron 784-512-512-10, a small convolutional network, ResNet-20, an encoder of texts
+    of 64 tokens, or the first two."""
     family: bool = True
     """Also time every method of the training script."""
 
@@ -145,11 +152,11 @@ def family(apply: Callable, params: Any, stats: Any, rho: float) -> list[Subject
 def time_steps(network: str, options: StepsOptions) -> dict[str, list[dict[str, Any]]]:
     """Returns the tables "beside optax" and "family", with a row per method."""
     apply, params, stats = models.create(
-        network, IMAGE_SHAPE, CLASSES, seed=0, **NETWORKS[network][1]
+        network, shape_of(network), CLASSES, seed=0, **NETWORKS[network][1]
     )
     keys = jax.random.split(jax.random.key(0))
     batch = data.Split(
-        jax.random.uniform(keys[0], (options.batch_size, *IMAGE_SHAPE)),
+        random_inputs(network, options.batch_size, keys[0]),
         jax.random.randint(keys[1], (options.batch_size,), 0, CLASSES),
     )
     tables = {"beside optax": subjects(*losses_of(apply, stats), options.rho)}
@@ -237,4 +244,4 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exhaustion.run(main)

@@ -15,8 +15,8 @@ import orbax.checkpoint as ocp
 from experiments.run.arrays import by_name, described, hashes_of, name_of, shape_in_words
 from experiments.system import seals
 
-# Orbax warns about intended uses, such as only reading.
-absl.logging.set_verbosity(absl.logging.ERROR)
+# Orbax warns about intended uses, such as only reading, and prints errors that it also raises.
+absl.logging.set_verbosity(absl.logging.FATAL)
 
 # Below every accuracy: such a checkpoint is the best only if there is no other.
 UNKNOWN = -1.0

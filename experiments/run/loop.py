@@ -24,6 +24,7 @@ from experiments.run.folder import RunFolder, Summary
 from experiments.step.feeds import advance
 from experiments.step.train_step import TrainState
 from experiments.system import files, machine, processes, progress
+from experiments.system.exhaustion import what_is_exhausted
 from experiments.system.interruption import Interruption
 
 
@@ -286,4 +287,9 @@ class Run:
 
     def close(self) -> None:
         """Waits until all checkpoints are written."""
-        self.checkpoints.close()
+        try:
+            self.checkpoints.close()
+        except Exception as error:
+            # A save that failed has been told, by the next one or at the end.
+            if what_is_exhausted(error) is None:
+                raise

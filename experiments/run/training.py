@@ -18,6 +18,7 @@ from experiments.run.loop import Run
 from experiments.step.layout import layout_of
 from experiments.system import files, processes
 from experiments.system.command_line import ArgumentError
+from experiments.system.exhaustion import ExhaustedError, what_is_exhausted
 from experiments.system.interruption import Interruption, SharedInterruption
 
 
@@ -76,9 +77,12 @@ def train(config: Config, resume: Path | None = None) -> dict[str, Any]:
             why = f"stopped: {error}"
             run.write_summary(why)
             raise StoppedRunError(why, f"to resume: {_resuming(run.folder.path)}") from error
-        except (jax.errors.JaxRuntimeError, ValueError) as error:
+        except Exception as error:
             if shared and processes.is_lost_peer(error):
                 processes.abandon(error)
+            if run is not None and (what := what_is_exhausted(error)):
+                how = f"What was saved is kept. To resume: {_resuming(run.folder.path)}"
+                raise ExhaustedError(f"{what}. {how}") from error
             raise
 
 
