@@ -13,6 +13,31 @@ def as_key(key: Any) -> jax.Array:
     return key if is_key(key) else jax.random.key(key)
 
 
+def draw_like(tree: Any, key: jax.Array, draw: Callable[..., jax.Array]) -> Any:
+    """Returns a tree of random leaves, independent of each other.
+
+    Leaves of one shape and dtype are drawn together: XLA compiles each draw anew, which would take
+    most of the compile time of a tree with many leaves.
+
+    Args:
+        tree: has the shapes and dtypes, and the structure.
+        key: random key.
+        draw: `draw(key, shape, dtype)` draws an array.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    alike: dict[Any, list[int]] = {}
+    for number, leaf in enumerate(leaves):
+        alike.setdefault((jnp.shape(leaf), jnp.result_type(leaf)), []).append(number)
+    drawn: list[Any] = [None] * len(leaves)
+    keys = jax.random.split(key, max(len(alike), 1))
+    for own, ((shape, dtype), numbers) in zip(keys, alike.items(), strict=False):
+        # Without the barrier, XLA copies the whole draw into the program of each leaf.
+        together = jax.lax.optimization_barrier(draw(own, (len(numbers), *shape), dtype))
+        for place, number in enumerate(numbers):
+            drawn[number] = together[place]
+    return structure.unflatten(drawn)
+
+
 class KeyData(NamedTuple):
     """The data of a random key in an optimizer's state: arrays of numbers, which can be saved.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from bisam_jax._checks import check_key, check_same_structure, check_scalar
-from bisam_jax._keys import key_data_of
+from bisam_jax._keys import draw_like, key_data_of
 
 
 class RandomSubsetState(NamedTuple):
@@ -72,11 +72,12 @@ def random_subset(
         del params, extra_args
         next_key, draw_key = jax.random.split(kept.as_key(state.subset_key))
         if subset is None:
-            leaves, structure = jax.tree.flatten(updates)
-            keys = jax.random.split(draw_key, max(len(leaves), 1))
-            subset = structure.unflatten(
-                jax.random.bernoulli(k, jnp.asarray(beta, leaf.dtype), leaf.shape)
-                for k, leaf in zip(keys, leaves, strict=False)
+            subset = draw_like(
+                updates,
+                draw_key,
+                lambda key, shape, dtype: jax.random.bernoulli(
+                    key, jnp.asarray(beta, dtype), shape
+                ),
             )
         check_same_structure("subset", subset, updates)
         eps = jax.tree.map(

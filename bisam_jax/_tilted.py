@@ -17,7 +17,7 @@ from bisam_jax._checks import (
     check_scalar,
     check_static,
 )
-from bisam_jax._keys import key_data_of
+from bisam_jax._keys import draw_like, key_data_of
 from bisam_jax._trees import float_part, global_norm, perturb, scale_to_norm
 
 
@@ -179,13 +179,7 @@ def _mean_one_by_one(sample: Callable[[Any], tuple], num_samples: int) -> tuple:
 
 def _standard_normal(key: jax.Array, params: optax.Params, i: jax.Array) -> optax.Params:
     """Returns the i-th draw, with the structure of the parameters."""
-    leaves, structure = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.fold_in(key, i), max(len(leaves), 1))
-    draws = [
-        jax.random.normal(k, jnp.shape(leaf), jnp.result_type(leaf))
-        for k, leaf in zip(keys, leaves, strict=False)
-    ]
-    return structure.unflatten(draws)
+    return draw_like(params, jax.random.fold_in(key, i), jax.random.normal)
 
 
 def _sample_of(noise: optax.Params, i: jax.Array) -> optax.Params:

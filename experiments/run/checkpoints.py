@@ -182,8 +182,8 @@ class Checkpoints:
     def _damaged(self, step: int, reason: str) -> DamagedCheckpointError:
         _forget_failed_reads()
         return DamagedCheckpointError(
-            f"the checkpoint {self.folder / str(step)} is damaged ({reason}): remove it to use "
-            "another one"
+            f"the checkpoint {self.folder / str(step)} is damaged ({reason}). To resume before "
+            "it, remove it and the later ones; to evaluate another one, name its --step"
         )
 
     def parameters(self, step: int) -> dict[str, np.ndarray]:

@@ -62,7 +62,14 @@ class Run:
         folder.start_metrics(rows)
         # The metrics of the best epoch.
         best_step = self.checkpoints.best_step()
-        self.best = next((row for row in rows if row["step"] == best_step), None)
+        # The later of two equal epochs is better: it is trained longer.
+        ranked = sorted(rows, key=lambda row: (row["validation_accuracy"], row["step"]))
+        self.best = ranked[-1] if ranked else None
+        if self.best and self.best["step"] != best_step:
+            raise CheckpointError(
+                f"the checkpoint of the best epoch, {folder.checkpoints / str(self.best['step'])}, "
+                "is missing: remove the later ones to train again from the one before it"
+            )
         self.write_summary("started")
 
     def _restore_last(self) -> list[dict[str, Any]]:
@@ -191,7 +198,6 @@ class Run:
         }
         self.losses, self.seconds_in_epoch = [], 0.0
         self.folder.append_metrics(row)
-        # The later of two equal epochs is better: it is trained longer.
         is_best = self.best is None or accuracy >= self.best["validation_accuracy"]
         last = self.step == experiment.total_steps
         if is_best or last or self.step % self.checkpoint_every == 0:

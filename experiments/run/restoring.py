@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.run.checkpoints import Checkpoints
+from experiments.run.checkpoints import CheckpointError, Checkpoints
 from experiments.run.experiment import Experiment
 from experiments.run.folder import RunFolder, read_config
 from experiments.run.training import experiment_from
@@ -51,11 +51,24 @@ def restore(folder: Path, step: int | None = None, **changed: Any) -> Restored:
     with contextlib.closing(Checkpoints(path, keep=None)) as checkpoints:
         known = checkpoints.steps()
         chosen = checkpoints.best_step() if step is None else step
+        if step is None and (best := _best_step(folder)) not in (None, chosen):
+            raise CheckpointError(
+                f"the checkpoint of the best epoch, {path / str(best)}, is missing: choose another "
+                f"one by --step ({', '.join(map(str, known))})"
+            )
         if chosen not in known:
             there = ", ".join(map(str, known)) or "none"
             raise ArgumentError(f"--step must be a checkpoint of the run ({there}), got {chosen}")
         state, _ = checkpoints.restore(chosen, experiment.first_state())
     return Restored(experiment, state, chosen)
+
+
+def _best_step(folder: Path) -> int | None:
+    """Returns the step of a finished run's best epoch; None if the run is not finished."""
+    summary = RunFolder(folder).read_summary()
+    if summary is None or not summary.is_finished or summary.checkpoint_epoch is None:
+        return None
+    return summary.checkpoint_epoch * summary.steps_per_epoch
 
 
 def accuracy_and_loss(experiment: Experiment, state: TrainState) -> dict[str, dict[str, Any]]:

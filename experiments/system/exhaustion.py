@@ -91,6 +91,7 @@ def _silence_other_threads() -> None:
     threading.excepthook = in_thread
     # Callbacks of tensorstore, which Python does not call, come here.
     sys.excepthook = lambda kind, error, trace: None
+    sys.unraisablehook = lambda unraisable: None
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 

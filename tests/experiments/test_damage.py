@@ -1,0 +1,91 @@
+"""Any damage of any file of a run or a comparison gives the right result, or one line."""
+
+import random
+import shutil
+
+import jax
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from experiments import compare, evaluate, train
+from experiments.run.folder import RunFolder
+from experiments.system import files
+from tests.attacks.damage import damage, outcome, verdict
+from tests.experiments.run.runs import edit, rows_of
+from tests.experiments.small import patch_mlp
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+TASK = ["--train-examples", 64, "--epochs", 2, "--batch-size", 16]
+GRID = ["--methods", "sgd", "sam", "--seeds", 2, *TASK, "--no-equal-gradients"]
+few = settings(
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run and a finished comparison, and what their readers say."""
+    folder = tmp_path_factory.mktemp("finished")
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        patch_mlp(patch)
+        run = [*TASK, "--checkpoint-every", 4, "--devices", 1, "--output", folder / "run"]
+        assert outcome(train.main, *run)[0] == 0
+        assert outcome(compare.main, *GRID, "--output", folder / "grid")[0] == 0
+        yield folder
+
+
+def read_run(run, how):
+    """Reads a run; returns the outcome and what was read."""
+    if how == "evaluate":
+        result = outcome(evaluate.main, run)
+        return result, lambda: result[1]
+    if how == "compare":
+        return report_of(run)
+    return outcome(train.main, "--resume", run), lambda: (
+        rows_of(run),
+        RunFolder(run).read_summary().test_accuracy,
+    )
+
+
+def report_of(folder):
+    output = folder.with_name("report")
+    shutil.rmtree(output, ignore_errors=True)
+    result = outcome(compare.main, "--from", folder, "--output", output)
+    return result, lambda: (files.read_csv(output / "runs.csv"), (output / "1-curves.svg").exists())
+
+
+@few
+@given(seed=st.integers(0, 2**32), how=st.sampled_from(["evaluate", "resume", "compare"]))
+def test_a_damaged_run(seed, how, finished, tmp_path):
+    _, expected = read_run(finished / "run", how)
+    expected = expected()
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(finished / "run", copy)
+    if how == "resume":
+        edit(copy, "summary.json", '"finished"', '"started"')
+    done = damage(copy, random.Random(seed))
+    result, found = read_run(copy, how)
+    assert verdict(result, lambda: found() == expected) in ("survived", "refused"), (done, result)
+
+
+@few
+@given(seed=st.integers(0, 2**32))
+def test_a_damaged_comparison(seed, finished, tmp_path):
+    _, expected = report_of(finished / "grid")
+    expected = expected()
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(finished / "grid", copy)
+    done = damage(copy, random.Random(seed))
+    result, found = report_of(copy)
+    # A comparison may lack its curves.
+    assert verdict(result, lambda: found()[0] == expected[0]) in ("survived", "refused"), (
+        done,
+        result,
+    )
