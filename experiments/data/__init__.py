@@ -19,6 +19,7 @@ from experiments.data.prepared import VERSION, is_prepared
 from experiments.data.prepared import is_path as is_path
 from experiments.data.splits import DatasetError as DatasetError
 from experiments.data.splits import Split as Split
+from experiments.data.splits import damaged_files
 from experiments.data.stream import Stream as Stream
 from experiments.data.tfds_prepared import tfds_prepared
 
@@ -112,7 +113,8 @@ def load(source: Source) -> Dataset:
     Raises:
         DatasetError: if it is not there, or cannot be used as requested.
     """
-    loaded = dataset_spec(source.name).load(source)
+    with damaged_files(source.name):
+        loaded = dataset_spec(source.name).load(source)
     for name in ("max_length", "tokenizer", "vocabulary_size"):
         if not loaded.vocabulary and getattr(source, name) is not None:
             raise DatasetError(f"{name} has no meaning for {source.name}, which has no texts")

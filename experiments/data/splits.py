@@ -1,5 +1,6 @@
 """A part of a data set in memory, and label noise."""
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -11,6 +12,24 @@ BLOCK = 1000
 
 class DatasetError(ValueError):
     """A data set that is missing or cannot be used as requested. The message says what to do."""
+
+
+@contextlib.contextmanager
+def damaged_files(name: str) -> Iterator[None]:
+    """Makes every error of reading files a DatasetError: damaged ones can make readers raise any.
+
+    Args:
+        name: what is read.
+    """
+    try:
+        yield
+    except (DatasetError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise DatasetError(
+            f"{name} cannot be read, perhaps because a file of it is damaged: {lines[0][:200]}"
+        ) from error
 
 
 class Split(NamedTuple):

@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments.data.image_files import centre_crop, random_resized_crop
 from experiments.data.records import Records
-from experiments.data.splits import BLOCK, DatasetError, Split
+from experiments.data.splits import BLOCK, DatasetError, Split, damaged_files
 from experiments.data.workers import made_ahead
 
 
@@ -135,7 +135,8 @@ class Stream:
         channels = self.records.channels
         images = np.zeros((len(positions), *self.image_size, channels), np.uint8)
         labels = np.zeros(len(positions), np.int32)
-        for row, (file, label) in enumerate(self.records.read(positions)):
-            images[row] = decoders[row](file, channels, self.image_size)
-            labels[row] = label
+        with damaged_files("the data set"):
+            for row, (file, label) in enumerate(self.records.read(positions)):
+                images[row] = decoders[row](file, channels, self.image_size)
+                labels[row] = label
         return Split(images, labels)

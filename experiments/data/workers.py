@@ -1,18 +1,15 @@
 """Makes the items of a sequence ahead of time, in worker processes."""
 
-import collections
+import atexit
 import contextlib
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
-from concurrent import futures
+from collections.abc import Iterator
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
 from typing import Any
-
-_SECONDS_BETWEEN_LOOKS = 1.0
-# The sequence of a worker process.
-_items: Any = None
 
 
 class WorkerError(Exception):
@@ -20,11 +17,11 @@ class WorkerError(Exception):
 
 
 def made_ahead(items: Any, workers: int) -> Iterator[Any]:
-    """Yields `items[0]`, `items[1]` and so on, in order, made ahead: at most two per worker.
+    """Yields `items[0]`, `items[1]` and so on, in order, made ahead: one or two per worker.
 
-    It does not use grain's own workers. Those of grain 0.2.18 take 27 s to end when a stream is
-    left early. With shared memory they take 2 s, but do not free all of it, and a container may
-    have little.
+    Every worker makes each `workers`-th item and has a pipe of its own: a worker that is killed
+    while it writes ends its pipe, and holds no lock. Grain's own workers are not used. Those of
+    grain 0.2.18 take 27 s to end when a stream is left early.
 
     Args:
         items: a sequence with `__len__` and `__getitem__`; pickled for the workers.
@@ -38,42 +35,44 @@ def made_ahead(items: Any, workers: int) -> Iterator[Any]:
     if workers == 0:
         yield from (items[index] for index in range(len(items)))
         return
+    with contextlib.ExitStack() as stack:
+        # At the end of Python, a generator is left too late.
+        atexit.register(stack.close)
+        stack.callback(atexit.unregister, stack.close)
+        pipes = [
+            stack.enter_context(_worker(items, first, workers))
+            for first in range(min(workers, len(items)))
+        ]
+        for index in range(len(items)):
+            try:
+                item, error = pipes[index % workers].recv()
+            except (EOFError, OSError) as ended:
+                raise WorkerError(
+                    "a process that decodes images has ended, perhaps for lack of memory: fewer "
+                    "--workers need less"
+                ) from ended
+            if error is not None:
+                raise error
+            yield item
+
+
+@contextlib.contextmanager
+def _worker(items: Any, first: int, step: int) -> Iterator[Connection]:
+    """Starts a process that makes the items `first`, `first + step` and so on; yields its pipe."""
     # A forked process would inherit the locks of JAX's threads, but not the threads.
     context = multiprocessing.get_context("spawn")
-    pool = futures.ProcessPoolExecutor(workers, context, _start, (items,))
-    processes: Any = pool._processes  # a dictionary that it fills
-    pending: collections.deque[futures.Future] = collections.deque()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_make, args=(items, sender, first, step))
+    resource_tracker.ensure_running()  # which would let the signals through
+    with _signals_held_back():
+        process.start()
+    sender.close()
     try:
-        for index in range(len(items)):
-            with _signals_held_back():
-                pending.append(pool.submit(_item, index))
-            if len(pending) > 2 * workers:
-                yield _result_of(pending.popleft(), processes)
-        while pending:
-            yield _result_of(pending.popleft(), processes)
-    except futures.BrokenExecutor as error:
-        # The pool only terminates the others, which ignore that, and waits for them for ever.
-        for process in list(processes.values()):
-            process.kill()
-        raise WorkerError(
-            "a process that decodes images has ended, perhaps for lack of memory: fewer --workers "
-            "need less"
-        ) from error
+        yield receiver
     finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _result_of(future: futures.Future, processes: Mapping[Any, Any]) -> Any:
-    """Waits for a result, or until a process has ended.
-
-    If it was killed while it wrote a result, the pool waits for the rest for ever.
-    """
-    while True:
-        finished, _ = futures.wait([future], _SECONDS_BETWEEN_LOOKS)
-        if finished:
-            return future.result()
-        if not all(process.is_alive() for process in list(processes.values())):
-            raise futures.BrokenExecutor("a process has ended")
+        receiver.close()
+        process.kill()
+        process.join()
 
 
 @contextlib.contextmanager
@@ -90,10 +89,17 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
 
 
-def _start(items: Any) -> None:
-    global _items
-    _items = items
+def _make(items: Any, pipe: Connection, first: int, step: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    for index in range(first, len(items), step):
+        try:
+            made = items[index], None
+        except Exception as error:
+            made = None, error
+        try:
+            pipe.send(made)  # waits while the pipe is full
+        except OSError:
+            return  # nobody reads
 
 
 def _end_with_parent() -> None:
@@ -101,7 +107,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
-
-
-def _item(index: int) -> Any:
-    return _items[index]

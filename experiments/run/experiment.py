@@ -72,6 +72,19 @@ class Experiment:
         """The number of steps of the whole run."""
         return self.steps_per_epoch * self.recipe.epochs
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same when a run is resumed, as JSON values."""
+        values = dataclasses.asdict(self.recipe)
+        values |= values.pop("hyperparameters")
+        if values["batch_statistics"] == "per-device":
+            values["parts_of_a_batch"] = self.layout.parts
+        return values | {
+            "train_examples": self.train.examples,
+            "image_shape": list(self.dataset.image_shape),
+            "JAX_ENABLE_X64": jax.config.jax_enable_x64,  # type: ignore[attr-defined]
+        }
+
     def rates(self, step: int) -> dict[str, float]:
         """Returns the learning rate of a step, and its rho if the method has one."""
         recipe = self.recipe

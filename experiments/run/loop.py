@@ -1,6 +1,7 @@
 """The loop of one training run: steps, epochs, checkpoints, end or interruption."""
 
 import dataclasses
+import operator
 import signal
 import time
 from typing import Any
@@ -63,8 +64,8 @@ class Run:
         # The metrics of the best epoch.
         best_step = self.checkpoints.best_step()
         # The later of two equal epochs is better: it is trained longer.
-        ranked = sorted(rows, key=lambda row: (row["validation_accuracy"], row["step"]))
-        self.best = ranked[-1] if ranked else None
+        rank = operator.itemgetter("validation_accuracy", "step")
+        self.best = max(rows, key=rank, default=None)
         if self.best and self.best["step"] != best_step:
             raise CheckpointError(
                 f"the checkpoint of the best epoch, {folder.checkpoints / str(self.best['step'])}, "
@@ -88,7 +89,7 @@ class Run:
     def _restore(self, step: int) -> list[dict[str, Any]]:
         """Restores the checkpoint of `step`; returns its metrics."""
         self.state, progress = self.checkpoints.restore(step, self.state)
-        there, here = progress["identity"], self._identity()
+        there, here = progress["identity"], self.experiment.identity
         for name, value in here.items():
             if there.get(name) == value:
                 continue
@@ -104,20 +105,6 @@ class Run:
         self.seconds_before = progress["seconds"]
         print(f"resuming from step {step}")
         return progress["metrics"]
-
-    def _identity(self) -> dict[str, Any]:
-        """Returns what must be the same when a run is resumed."""
-        experiment = self.experiment
-        values = dataclasses.asdict(experiment.recipe)
-        values |= values.pop("hyperparameters")
-        if values["batch_statistics"] == "per-device":
-            values["parts_of_a_batch"] = experiment.layout.parts
-        # A list, since JSON has no tuples.
-        return values | {
-            "train_examples": experiment.train.examples,
-            "image_shape": list(experiment.dataset.image_shape),
-            "JAX_ENABLE_X64": jax.config.jax_enable_x64,  # type: ignore[attr-defined]
-        }
 
     def train(self, interruption: Interruption) -> None:
         """Runs the remaining steps, or stops at an interruption."""
@@ -213,9 +200,9 @@ class Run:
         # A loss notices them one step later.
         if not all_finite(self.state):
             self._stop("a parameter", self.step)
-        # Copied lists: orbax writes them while training continues.
+        # Copies: orbax writes them while training continues.
         progress = {
-            "identity": self._identity(),
+            "identity": self.experiment.identity,
             "metrics": list(self.folder.metrics),
             "losses": list(self.losses),
             "changed": list(self.changed),

@@ -26,7 +26,7 @@ def damage(folder, rng):
         path = rng.choice(files)
         path.unlink()
     elif kind == "doubled":
-        path, other = rng.choice(files), rng.choice(files)
+        path, other = rng.sample(files, 2)
         shutil.copy(other, path)
         kind = f"{other.relative_to(folder)} instead"
     else:

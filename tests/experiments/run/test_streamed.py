@@ -1,8 +1,12 @@
 """Runs on data sets prepared by TFDS, in memory and streamed."""
 
+import shutil
+
 import pytest
 
 from experiments.config.config import Config
+from experiments.data import DatasetError
+from experiments.run.ends import StoppedRunError
 from experiments.run.folder import read_config
 from experiments.run.training import train
 from tests.experiments import tiny_dataset
@@ -59,3 +63,25 @@ def test_a_stopped_run_resumes_bit_for_bit(options, step, folder, tmp_path, stop
     summary = train(read_config(tmp_path / "stopped"), tmp_path / "stopped")
     assert summary["status"] == "finished"
     assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")
+
+
+def damage(folder, keep):
+    """Cuts or changes the examples of a prepared data set, not the files that describe them."""
+    for path in folder.rglob("*-train.array_record-*"):
+        content = bytearray(path.read_bytes())
+        middle = slice(len(content) // 3, 2 * len(content) // 3)
+        content[middle] = bytes(middle.stop - middle.start)
+        path.write_bytes(content[: len(content) if keep else len(content) // 2])
+
+
+@pytest.mark.parametrize("options", [STREAMED, IN_MEMORY], ids=["streamed", "in memory"])
+@pytest.mark.parametrize("keep", [True, False], ids=["changed", "truncated"])
+def test_damaged_data_is_one_error(options, keep, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "data")
+    damage(tmp_path / "data", keep)
+    with pytest.raises((DatasetError, StoppedRunError)) as caught:
+        train(config(tmp_path / "data", tmp_path / "run", method="sgd", model="mlp", **options))
+    assert "cannot be read, perhaps because a file of it is damaged" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    if caught.type is StoppedRunError:
+        assert "to resume: python -m experiments.train --resume" in str(caught.value)
