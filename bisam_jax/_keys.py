@@ -31,8 +31,10 @@ def draw_like(tree: Any, key: jax.Array, draw: Callable[..., jax.Array]) -> Any:
     drawn: list[Any] = [None] * len(leaves)
     keys = jax.random.split(key, max(len(alike), 1))
     for own, ((shape, dtype), numbers) in zip(keys, alike.items(), strict=False):
-        # Without the barrier, XLA copies the whole draw into the program of each leaf.
-        together = jax.lax.optimization_barrier(draw(own, (len(numbers), *shape), dtype))
+        if len(numbers) == 1:
+            drawn[numbers[0]] = draw(own, shape, dtype)
+            continue
+        together = draw(own, (len(numbers), *shape), dtype)
         for place, number in enumerate(numbers):
             drawn[number] = together[place]
     return structure.unflatten(drawn)

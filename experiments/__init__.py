@@ -1,7 +1,7 @@
 """Programs that use the library, in rooms. Imports only point down this list.
 
-train, evaluate, compare, result_tables   commands; nobody imports them
-sharpness, robustness, strength, edge     likewise
+train, evaluate, compare, seal            commands; nobody imports them
+sharpness, robustness, strength, edge     likewise, and result_tables
 benchmarks   commands that time steps, or count what they need of devices
 measures     what is measured on networks, trained or in training
 comparison   many runs: grid, replicas, results, statistics, report

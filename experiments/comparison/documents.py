@@ -26,12 +26,14 @@ _MARKED = re.compile(r"(<!-- results -->\n).*(<!-- end of results -->)", re.S)
 
 
 def there(root: Path, *, study: bool) -> list[Comparison]:
-    """Returns the comparisons in results/, by increasing label noise: study-* or *-noise-*.
+    """Returns comparisons in results/, by increasing label noise: study-* and text-*, or *-noise-*.
 
     Those of one task are one comparison.
     """
-    found = sorted((root / RESULTS).glob("study-*" if study else "*-noise-*"))
-    folders = [folder for folder in found if folder.name.startswith("study-") == study]
+    found = sorted((root / RESULTS).glob("*"))
+    studies = [folder for folder in found if folder.name.startswith(("study-", "text-"))]
+    others = [folder for folder in found if "-noise-" in folder.name and folder not in studies]
+    folders = studies if study else others
     comparisons = merged(itertools.chain.from_iterable(map(read_results, folders)))
     return sorted(comparisons, key=lambda comparison: comparison.task["label_noise"])
 

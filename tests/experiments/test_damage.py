@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 TASK = ["--train-examples", 64, "--epochs", 2, "--batch-size", 16]
 GRID = ["--methods", "sgd", "sam", "--seeds", 2, *TASK, "--no-equal-gradients"]
 few = settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

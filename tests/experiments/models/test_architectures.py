@@ -64,7 +64,8 @@ def abstract(name, image_shape=None, classes=10):
 
 
 def shape_of(name):
-    return {"cnn1d": (1, 40, 1)}.get(name, (12,) if name.startswith("text") else (32, 32, 3))
+    reads_texts = models.ARCHITECTURES[name].reads_texts
+    return {"cnn1d": (1, 40, 1)}.get(name, (12,) if reads_texts else (32, 32, 3))
 
 
 def count(params):

@@ -145,13 +145,3 @@ def test_processes_with_different_data_end(tmp_path):
     own = [["--data-dir", tmp_path / folder] for folder in ("data", "other")]
     for _, err in ends(start_together(*options, cwd=tmp_path, own=own), status=2):
         assert "the same data: process 1" in err
-
-
-@slow
-def test_an_error_of_one_process_ends_all(tmp_path):
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "kept").touch()
-    for _, err in ends(start_together("--output", folder, cwd=tmp_path), status=2):
-        assert "--output must be a new folder" in err
-    assert names_in(folder) == ["kept"]

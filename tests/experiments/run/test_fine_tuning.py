@@ -54,6 +54,7 @@ def test_a_run_with_lora_resumes_and_is_a_start_again(earlier, tmp_path, stopped
     np.testing.assert_allclose(start[kernel], first[kernel] + a @ b, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_what_they_are(earlier, tmp_path):
     options = {"from_checkpoint": str(earlier), "freeze": "hidden,*scale", "method": "tilted"}
     train(config(tmp_path / "run", **options))

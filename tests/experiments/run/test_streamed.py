@@ -74,8 +74,15 @@ def damage(folder, keep):
         path.write_bytes(content[: len(content) if keep else len(content) // 2])
 
 
-@pytest.mark.parametrize("options", [STREAMED, IN_MEMORY], ids=["streamed", "in memory"])
-@pytest.mark.parametrize("keep", [True, False], ids=["changed", "truncated"])
+@pytest.mark.parametrize(
+    ("options", "keep"),
+    [
+        pytest.param(STREAMED, True, id="streamed, changed"),
+        pytest.param(STREAMED, False, id="streamed, truncated", marks=pytest.mark.slow),
+        pytest.param(IN_MEMORY, True, id="in memory, changed", marks=pytest.mark.slow),
+        pytest.param(IN_MEMORY, False, id="in memory, truncated"),
+    ],
+)
 def test_damaged_data_is_one_error(options, keep, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "data")
     damage(tmp_path / "data", keep)

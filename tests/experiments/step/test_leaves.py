@@ -78,8 +78,15 @@ def gradient_of(network, params):
     return jax.grad(loss)(params)
 
 
-@pytest.mark.parametrize("name", ["sam", "asam", "gsam"])
-@pytest.mark.parametrize(("perturb", "where"), [("norms", are_norms), ("matrices", are_matrices)])
+@pytest.mark.parametrize(
+    ("name", "perturb", "where"),
+    [
+        ("sam", "norms", are_norms),
+        ("asam", "matrices", are_matrices),
+        pytest.param("gsam", "norms", are_norms, marks=pytest.mark.slow),
+    ],
+    ids=["sam", "asam", "gsam"],
+)
 def test_only_some_leaves_are_perturbed_and_all_are_trained(network, name, perturb, where):
     params = network[1]
     gradient = jax.tree.map(
