@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 TASK = ["--train-examples", 64, "--epochs", 2, "--batch-size", 16]
 GRID = ["--methods", "sgd", "sam", "--seeds", 2, *TASK, "--no-equal-gradients"]
 few = settings(
-    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -74,6 +74,7 @@ def test_a_damaged_run(seed, how, finished, tmp_path):
     assert verdict(result, lambda: found() == expected) in ("survived", "refused"), (done, result)
 
 
+@pytest.mark.slow
 @few
 @given(seed=st.integers(0, 2**32))
 def test_a_damaged_comparison(seed, finished, tmp_path):

@@ -32,6 +32,7 @@ def params_of(folder):
     return flat(restore(folder).state.params)
 
 
+@pytest.mark.slow
 def test_a_run_with_lora_resumes_and_is_a_start_again(earlier, tmp_path, stopped_at):
     first = params_of(earlier)
     options = LORA | {"from_checkpoint": str(earlier), "method": "gsam", "perturbation": "log"}

@@ -173,7 +173,7 @@ def change_a_digit(path):
 @pytest.mark.parametrize(
     ("which", "damage"),
     [
-        pytest.param("arrays", truncate, id="truncated arrays"),
+        pytest.param("arrays", truncate, id="truncated arrays", marks=pytest.mark.slow),
         pytest.param("about", change_a_digit, id="changed accuracy"),
     ],
 )

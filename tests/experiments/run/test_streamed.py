@@ -80,7 +80,7 @@ def damage(folder, keep):
         pytest.param(STREAMED, True, id="streamed, changed"),
         pytest.param(STREAMED, False, id="streamed, truncated", marks=pytest.mark.slow),
         pytest.param(IN_MEMORY, True, id="in memory, changed", marks=pytest.mark.slow),
-        pytest.param(IN_MEMORY, False, id="in memory, truncated"),
+        pytest.param(IN_MEMORY, False, id="in memory, truncated", marks=pytest.mark.slow),
     ],
 )
 def test_damaged_data_is_one_error(options, keep, folder, tmp_path):

@@ -82,7 +82,7 @@ def gradient_of(network, params):
     ("name", "perturb", "where"),
     [
         ("sam", "norms", are_norms),
-        ("asam", "matrices", are_matrices),
+        pytest.param("asam", "matrices", are_matrices, marks=pytest.mark.slow),
         pytest.param("gsam", "norms", are_norms, marks=pytest.mark.slow),
     ],
     ids=["sam", "asam", "gsam"],
