@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 TASK = ["--train-examples", 64, "--epochs", 2, "--batch-size", 16]
 GRID = ["--methods", "sgd", "sam", "--seeds", 2, *TASK, "--no-equal-gradients"]
 few = settings(
-    max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -59,9 +59,20 @@ def report_of(folder):
     return result, lambda: (files.read_csv(output / "runs.csv"), (output / "1-curves.svg").exists())
 
 
+@pytest.mark.slow
 @few
-@given(seed=st.integers(0, 2**32), how=st.sampled_from(["evaluate", "resume", "compare"]))
-def test_a_damaged_run(seed, how, finished, tmp_path):
+@given(seed=st.integers(0, 2**32), how=st.sampled_from(["evaluate", "resume"]))
+def test_a_damaged_run_is_evaluated_and_resumed(seed, how, finished, tmp_path):
+    check(seed, how, finished, tmp_path)
+
+
+@few
+@given(seed=st.integers(0, 2**32))
+def test_a_damaged_run_is_compared(seed, finished, tmp_path):
+    check(seed, "compare", finished, tmp_path)
+
+
+def check(seed, how, finished, tmp_path):
     _, expected = read_run(finished / "run", how)
     expected = expected()
     copy = tmp_path / "copy"
