@@ -24,19 +24,31 @@ few = settings(
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run and a finished comparison, and what their readers say."""
-    folder = tmp_path_factory.mktemp("finished")
+def as_a_user_with_a_small_mlp():
     with (
         pytest.MonkeyPatch.context() as patch,
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):
         patch_mlp(patch)
-        run = [*TASK, "--checkpoint-every", 4, "--devices", 1, "--output", folder / "run"]
-        assert outcome(train.main, *run)[0] == 0
-        assert outcome(compare.main, *GRID, "--output", folder / "grid")[0] == 0
-        yield folder
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(as_a_user_with_a_small_mlp, tmp_path_factory):
+    """A finished run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    args = [*TASK, "--checkpoint-every", 4, "--devices", 1, "--output", folder]
+    assert outcome(train.main, *args)[0] == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grid(as_a_user_with_a_small_mlp, tmp_path_factory):
+    """A finished comparison."""
+    folder = tmp_path_factory.mktemp("finished") / "grid"
+    assert outcome(compare.main, *GRID, "--output", folder)[0] == 0
+    return folder
 
 
 def read_run(run, how):
@@ -62,22 +74,22 @@ def report_of(folder):
 @pytest.mark.slow
 @few
 @given(seed=st.integers(0, 2**32), how=st.sampled_from(["evaluate", "resume"]))
-def test_a_damaged_run_is_evaluated_and_resumed(seed, how, finished, tmp_path):
-    check(seed, how, finished, tmp_path)
+def test_a_damaged_run_is_evaluated_and_resumed(seed, how, run, tmp_path):
+    check(seed, how, run, tmp_path)
 
 
 @few
 @given(seed=st.integers(0, 2**32))
-def test_a_damaged_run_is_compared(seed, finished, tmp_path):
-    check(seed, "compare", finished, tmp_path)
+def test_a_damaged_run_is_compared(seed, run, tmp_path):
+    check(seed, "compare", run, tmp_path)
 
 
-def check(seed, how, finished, tmp_path):
-    _, expected = read_run(finished / "run", how)
+def check(seed, how, run, tmp_path):
+    _, expected = read_run(run, how)
     expected = expected()
     copy = tmp_path / "copy"
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(finished / "run", copy)
+    shutil.copytree(run, copy)
     if how == "resume":
         edit(copy, "summary.json", '"finished"', '"started"')
     done = damage(copy, random.Random(seed))
@@ -88,12 +100,12 @@ def check(seed, how, finished, tmp_path):
 @pytest.mark.slow
 @few
 @given(seed=st.integers(0, 2**32))
-def test_a_damaged_comparison(seed, finished, tmp_path):
-    _, expected = report_of(finished / "grid")
+def test_a_damaged_comparison(seed, grid, tmp_path):
+    _, expected = report_of(grid)
     expected = expected()
     copy = tmp_path / "copy"
     shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(finished / "grid", copy)
+    shutil.copytree(grid, copy)
     done = damage(copy, random.Random(seed))
     result, found = report_of(copy)
     # A comparison may lack its curves.
