@@ -27,6 +27,7 @@ from experiments.config.config import check_ranges, option_of
 from experiments.config.hyperparameters import Range
 from experiments.data import DatasetError
 from experiments.run.checkpoints import CheckpointError
+from experiments.run.ends import StoppedRunError
 from experiments.system import command_line, exhaustion, files, machine
 from experiments.system.command_line import ArgumentError, OrDefault
 from experiments.system.suggestions import did_you_mean
@@ -99,6 +100,10 @@ def _compare(options: CompareOptions, folder: Path, given: Sequence[str]) -> Non
             )
     except (ArgumentError, DatasetError, CheckpointError) as error:
         command_line.fail(str(error))
+    except StoppedRunError as stopped:
+        message = f"{stopped.why}; to resume, run the same command with --output {folder}"
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(1) from None
     except Exception as error:
         if what := exhaustion.what_is_exhausted(error):
             how = f"To resume, run the same command with --output {folder}"

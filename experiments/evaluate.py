@@ -14,6 +14,7 @@ from typing import Annotated
 import tyro
 
 from experiments.data import DatasetError
+from experiments.data.workers import WorkerError
 from experiments.run.checkpoints import CheckpointError
 from experiments.run.folder import as_text
 from experiments.run.restoring import accuracy_and_loss, restore
@@ -45,7 +46,10 @@ def main(args: Sequence[str] | None = None) -> None:
         restored = restore(options.run, options.step, **places)
     except (ArgumentError, DatasetError, CheckpointError) as error:
         command_line.fail(str(error))
-    measured = accuracy_and_loss(restored.experiment, restored.state)
+    try:
+        measured = accuracy_and_loss(restored.experiment, restored.state)
+    except (DatasetError, WorkerError) as error:
+        command_line.fail(str(error))
     results = {"step": restored.step, "accuracy_and_loss": measured}
     print(f"checkpoint of step {restored.step}")
     for name, row in measured.items():

@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from tests.attacks.kills import is_saving
 from tests.experiments.run.runs import assert_same_run, saved_steps
 from tests.experiments.script import start
 
@@ -14,10 +15,6 @@ pytestmark = [pytest.mark.processes, pytest.mark.slow]
 LONG = ["--epochs", "2", "--batch-size", "4", "--learning-rate", "0.01", "--checkpoint-every", "40"]
 LONG += ["--method", "efficient"]
 STEPS = 2 * 314
-
-
-def is_saving(folder):
-    return any("tmp" in path.name for path in (folder / "checkpoints").iterdir())
 
 
 def kill(process, folder, when):
