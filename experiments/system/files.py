@@ -69,12 +69,6 @@ def csv_of(columns: Sequence[str], rows: Iterable[Mapping[str, Any]], header: bo
     return text.getvalue()
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
-    """Returns the rows below the header of `path`."""
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def check_new(path: Path) -> None:
     """Raises FileExistsError unless `path` does not exist or is an empty folder."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):

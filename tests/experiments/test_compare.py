@@ -18,8 +18,9 @@ from experiments.comparison.grid_run import GridRun
 from experiments.comparison.reading import read_results
 from experiments.comparison.replicas import Replicas
 from experiments.comparison.results import Comparison
-from experiments.system import files, machine, seals
+from experiments.system import machine, seals
 from tests.experiments.comparison.command import SMALL, quickly, run
+from tests.experiments.rows import read_csv
 from tests.experiments.script import ROOT
 
 GRID = ["--methods", "sgd", "sam", "--rho", 0.05, 0.5, 1e30, "--epochs", 2, *SMALL]
@@ -48,13 +49,13 @@ def copy(finished, tmp_path):
 
 
 def test_the_grid(finished):
-    rows = files.read_csv(finished[0] / "runs.csv")
+    rows = read_csv(finished[0] / "runs.csv")
     runs = [(row["method"], row["epochs"], row["rho"], row["seed"]) for row in rows]
     expected = [("sgd", epochs, "", seed) for epochs in ("2", "4") for seed in "01"]
     expected += [("sam", "2", rho, seed) for rho in ("0.05", "0.5", "1e+30") for seed in "01"]
     assert sorted(runs) == sorted(expected)
     assert {(row["method"], row["gradients"]) for row in rows} == {("sgd", "1"), ("sam", "2")}
-    curves = files.read_csv(finished[0] / "curves.csv")
+    curves = read_csv(finished[0] / "curves.csv")
     assert len(curves) == sum(int(row["epochs"]) for row in rows)
     for row in rows:
         if row["rho"] == "1e+30":
@@ -80,7 +81,7 @@ def test_the_report(finished):
     assert "## digits, 96 examples, mlp, batch 32, 30 % wrong labels" in text
     assert re.search(r"^sam with .*rho 1e\+30.*: 2 of 2 runs diverged", text, re.M)
     assert "no p-value can be below" in text
-    summary = files.read_csv(folder / "summary.csv")
+    summary = read_csv(folder / "summary.csv")
     names = re.findall(r"^\| ([\w-]+)[ ,]", text.split("### The numbers")[0], re.M)
     assert [row["method"] for row in summary] == names[2:]
     of = {(row["method"], row["epochs"]): float(row["test_accuracy"]) for row in summary}
@@ -166,7 +167,7 @@ def test_results_are_merged(finished, tmp_path, capsys):
     parts, output = [folder, tmp_path / "asam", tmp_path / "clean"], tmp_path / "report"
     status, _, err = run(capsys, "--from", *parts, "--output", output)
     assert status == 0, err
-    summary = files.read_csv(output / "summary.csv")
+    summary = read_csv(output / "summary.csv")
     noisy = {(r["method"], r["epochs"]): r for r in summary if "30 % wrong" in r["task"]}
     assert set(noisy) == {("sgd", "2"), ("sgd", "4"), ("sam", "2"), ("asam", "2")}
     assert [row["method"] for row in summary if "clean" in row["task"]] == ["sam"]

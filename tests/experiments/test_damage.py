@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from experiments import compare, evaluate, train
 from experiments.run.folder import RunFolder
-from experiments.system import files
 from tests.attacks.damage import damage, outcome, verdict
+from tests.experiments.rows import read_csv
 from tests.experiments.run.runs import edit, rows_of
 from tests.experiments.small import patch_mlp
 
@@ -68,7 +68,7 @@ def report_of(folder):
     output = folder.with_name("report")
     shutil.rmtree(output, ignore_errors=True)
     result = outcome(compare.main, "--from", folder, "--output", output)
-    return result, lambda: (files.read_csv(output / "runs.csv"), (output / "1-curves.svg").exists())
+    return result, lambda: (read_csv(output / "runs.csv"), (output / "1-curves.svg").exists())
 
 
 @pytest.mark.slow

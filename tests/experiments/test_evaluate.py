@@ -7,7 +7,7 @@ import pytest
 from experiments import evaluate
 from experiments.config.config import Config
 from experiments.run.training import train
-from experiments.system import files
+from tests.experiments.rows import read_csv
 from tests.experiments.script import refusal
 
 pytestmark = pytest.mark.usefixtures("small_mlp")
@@ -17,7 +17,7 @@ def test_an_evaluation_finds_what_the_summary_reports(tmp_path, capsys):
     folder = tmp_path / "run"
     options = {"epochs": 4, "label_noise": 0.2, "method": "sgd", "train_examples": 300}
     summary = train(Config(output=folder, checkpoint_every=9, **options, devices=1))
-    rows = files.read_csv(folder / "metrics.csv")
+    rows = read_csv(folder / "metrics.csv")
     best = max(rows, key=lambda row: (float(row["validation_accuracy"]), int(row["epoch"])))
     assert int(best["epoch"]) == summary["checkpoint_epoch"]
     capsys.readouterr()

@@ -11,7 +11,7 @@ from PIL import Image
 from tensorboardX.proto import event_pb2
 
 from experiments import evaluate, train
-from experiments.system import files
+from tests.experiments.rows import read_csv
 from tests.experiments.script import call, start
 
 # 2 epochs of 4 steps.
@@ -59,7 +59,7 @@ def test_options_reach_the_files_of_a_run(tmp_path, capsys):
     # All options have a value, except hyperparameters of other methods.
     assert (config["seed"], config["rho"], config["momentum"]) == (4, 0.05, None)
     assert (config["checkpoint_every"], config["batch_size"], config["flip"]) == (40, 32, False)
-    rows = files.read_csv(folder / "metrics.csv")
+    rows = read_csv(folder / "metrics.csv")
     assert [(row["epoch"], row["step"]) for row in rows] == [("1", "4"), ("2", "8")]
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     summary = json.loads((folder / "summary.json").read_text())
@@ -138,7 +138,7 @@ def test_the_same_seed_gives_the_same_run(tmp_path, capsys):
     columns = []
     for name in ("a", "b"):
         run(capsys, *SHORT, "--method", "sgd", "--output", tmp_path / name)
-        columns.append([row["loss"] for row in files.read_csv(tmp_path / name / "metrics.csv")])
+        columns.append([row["loss"] for row in read_csv(tmp_path / name / "metrics.csv")])
     assert columns[0] == columns[1]
     assert len(columns[0]) == 2
 
@@ -272,5 +272,5 @@ def test_a_signal_saves_even_if_nobody_reads_the_output(tmp_path):
         process.kill()
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["status"] == "interrupted"
-    assert summary["epochs_completed"] == len(files.read_csv(folder / "metrics.csv"))
+    assert summary["epochs_completed"] == len(read_csv(folder / "metrics.csv"))
     assert summary["steps"] == max(int(path.name) for path in (folder / "checkpoints").iterdir())

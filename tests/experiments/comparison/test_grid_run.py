@@ -14,6 +14,7 @@ from experiments.run.checkpoints import Checkpoints
 from experiments.system import files
 from tests.experiments import tiny_dataset
 from tests.experiments.comparison.command import SMALL, quickly, run
+from tests.experiments.rows import read_csv
 
 # Two runs at once: two parts of one program.
 GRID = ["--methods", "sam", "--rho", 0.05, 0.5, *SMALL, "--epochs", 4, "--replicas-at-once", 2]
@@ -71,7 +72,7 @@ def saved_at_once(checkpoints, *args, save=Checkpoints.save):
 
 
 def results_in(folder):
-    rows = files.read_csv(folder / "runs.csv")
+    rows = read_csv(folder / "runs.csv")
     for row in rows:
         del row["milliseconds_per_step"]
     return rows, (folder / "curves.csv").read_text()
@@ -88,7 +89,7 @@ def test_a_stopped_comparison_is_resumed(tmp_path, capsys, monkeypatch, epochs):
     status, _, err = run_interrupted(monkeypatch, 6, capsys, *GRID, "--output", stopped)
     assert status == 130
     assert f"the same command with --output {stopped}" in err
-    assert [row["rho"] for row in files.read_csv(stopped / "runs.csv")] == ["0.05"] * 2
+    assert [row["rho"] for row in read_csv(stopped / "runs.csv")] == ["0.05"] * 2
 
     # Lost during the fourth: what was saved before is not computed again.
     computed.clear()
@@ -113,14 +114,14 @@ def test_parts_are_found_again(stopped_in, left, tmp_path, capsys, monkeypatch, 
     """Also when fewer runs are left than a program is for, or nothing but their results."""
     grid = [arg for arg in GRID if arg != 0.5] + ["--seeds", 3, "--output", tmp_path / "new"]
     assert run_interrupted(monkeypatch, stopped_in, capsys, *grid)[0] == 130
-    assert len(files.read_csv(tmp_path / "new" / "runs.csv")) == 2
+    assert len(read_csv(tmp_path / "new" / "runs.csv")) == 2
     computed, _ = epochs
     computed.clear()
     status, _, err = run(capsys, *grid)
     assert status == 0, err
     assert computed == left
     # The program's other place, which is filled up, is no run.
-    assert [row["seed"] for row in files.read_csv(tmp_path / "new" / "runs.csv")] == [*"012"]
+    assert [row["seed"] for row in read_csv(tmp_path / "new" / "runs.csv")] == [*"012"]
 
 
 def test_results_do_not_depend_on_what_else_is_trained(tmp_path, capsys):
@@ -190,7 +191,7 @@ def test_runs_of_streamed_images_are_trained_by_themselves(tmp_path, capsys):
     folder = tmp_path / "comparison"
     status, _, err = run(capsys, *args, "--output", folder)
     assert status == 0, err
-    found = {row["rho"]: row for row in files.read_csv(folder / "runs.csv")}
+    found = {row["rho"]: row for row in read_csv(folder / "runs.csv")}
     assert {rho: row["status"] for rho, row in found.items()} == {
         "0.05": "finished",
         "1e+30": "diverged",
@@ -214,7 +215,7 @@ def test_chosen_values_are_confirmed_with_fresh_seeds(tmp_path, capsys, monkeypa
     assert status == 0, err
     assert "10 runs of sgd, sam, sam@every=2; 2 seeds" in out
     assert "then 9 runs of the chosen values; 3 fresh seeds" in out
-    rows = files.read_csv(whole / "runs.csv")
+    rows = read_csv(whole / "runs.csv")
     seeds = {flag: {row["seed"] for row in rows if row["confirms"] == flag} for flag in ("0", "1")}
     assert seeds == {"0": {"0", "1"}, "1": {"2", "3", "4"}}
     for method in ("sam", "sam@every=2"):
@@ -225,7 +226,7 @@ def test_chosen_values_are_confirmed_with_fresh_seeds(tmp_path, capsys, monkeypa
         best = max(means, key=lambda rho: (means[rho], -float(rho)))
         confirmed = [r for r in rows if r["method"] == method and r["confirms"] == "1"]
         assert [row["rho"] for row in confirmed] == [best] * 3
-        (line,) = [x for x in files.read_csv(whole / "summary.csv") if x["method"] == method]
+        (line,) = [x for x in read_csv(whole / "summary.csv") if x["method"] == method]
         tested = [float(row["test_accuracy"]) for row in confirmed]
         assert float(line["test_accuracy"]) == pytest.approx(np.mean(tested))
         assert line["seeds"] == "3"
@@ -239,7 +240,7 @@ def test_chosen_values_are_confirmed_with_fresh_seeds(tmp_path, capsys, monkeypa
     assert status == 130
     computed, _ = epochs
     computed.clear()
-    begun = files.read_csv(stopped / "runs.csv")
+    begun = read_csv(stopped / "runs.csv")
     assert len(begun) < len(rows)
     assert any(row["confirms"] == "1" for row in begun)
     status, _, err = run(capsys, *args, "--output", stopped)

@@ -8,7 +8,6 @@ import pytest
 
 from experiments.comparison import report
 from experiments.comparison.results import DIVERGED
-from experiments.system import files
 from tests.experiments.comparison.made_up import (
     SAM,
     SGD,
@@ -17,6 +16,7 @@ from tests.experiments.comparison.made_up import (
     comparison_of,
     eight,
 )
+from tests.experiments.rows import read_csv
 
 
 def text_of(folder, *comparisons, baseline=None):
@@ -102,7 +102,7 @@ def test_few_pairs_and_few_seeds_are_told(tmp_path):
     text = text_of(tmp_path, comparison_of(SGD, asam))
     assert "asam with rho 2: there are 2 of 3 runs, so it could not be chosen." in text
     assert "With 3 seeds and 1 comparisons no p-value can be below 0.25" in text
-    (row,) = [row for row in files.read_csv(tmp_path / "summary.csv") if row["method"] == "asam"]
+    (row,) = [row for row in read_csv(tmp_path / "summary.csv") if row["method"] == "asam"]
     assert (row["same_epochs_seeds"], row["same_gradients_seeds"]) == ("3", "")
     text = text_of(tmp_path, comparison_of(SGD[:3], eight("asam", 0.9, rho=1.0)))
     assert "p = 0.25 (3 seeds) |" in text
@@ -127,7 +127,7 @@ def test_methods_that_diverged(tmp_path):
 
 def test_the_summary(tmp_path):
     text_of(tmp_path, comparison_of(SGD, SGD_LONGER, SAM, eight("sam", 0.4, rho=0.2)))
-    rows = files.read_csv(tmp_path / "summary.csv")
+    rows = read_csv(tmp_path / "summary.csv")
     assert [(row["method"], row["epochs"], row["chosen"]) for row in rows] == [
         ("sam", "10", "rho 0.1"),
         ("sgd", "20", ""),
@@ -155,4 +155,4 @@ def test_the_page_needs_no_other_file(tmp_path):
     decoded = [base64.b64decode(s.removeprefix(encoded)).decode() for s in sources]
     assert sorted(decoded) == sorted(images.values())
     assert page.count("<table>") == 2
-    assert page.count("<tr>") == 2 * (1 + len(files.read_csv(tmp_path / "summary.csv")))
+    assert page.count("<tr>") == 2 * (1 + len(read_csv(tmp_path / "summary.csv")))

@@ -10,7 +10,7 @@ from experiments import edge
 from experiments.data import Source, load
 from experiments.measures.edge import Setting, curvature_along, sams_edge
 from experiments.measures.edge_report import late
-from experiments.system import files
+from tests.experiments.rows import read_csv
 from tests.experiments.script import call, refusal
 
 SMALL = ["--train-examples", 40, "--widths", 5, 4, "--steps", 4, "--every", 2, "--seeds", 2]
@@ -75,7 +75,7 @@ def test_the_command(tmp_path, capsys):
     status, out, err = call(edge.main, capsys, *SMALL, "--output", folder)
     assert status == 0, err
     assert out.endswith(f"wrote {folder / 'report.md'} and {folder / 'report.html'}\n")
-    rows = files.read_csv(folder / "edge.csv")
+    rows = read_csv(folder / "edge.csv")
     # Methods, steps, seeds.
     assert len(rows) == 4 * 3 * 2
     losses = {row["method"]: row["loss"] for row in rows if row["step"] == "4"}

@@ -5,8 +5,8 @@ import pytest
 from experiments import robustness
 from experiments.measures.attacks import usual_attack
 from experiments.measures.robustness_report import Check, Robust, write_robustness_report
-from experiments.system import files
 from tests.experiments.comparison.made_up import TASK
+from tests.experiments.rows import read_csv
 from tests.experiments.script import call, refusal
 
 pytestmark = pytest.mark.usefixtures("small_mlp")
@@ -19,7 +19,7 @@ def test_the_command(finished, tmp_path, capsys):
     status, out, err = call(robustness.main, capsys, finished / "grid", *args)
     assert status == 0, err
     assert out.endswith(f"wrote {folder / 'report.md'} and {folder / 'report.html'}\n")
-    rows = files.read_csv(folder / "robustness.csv")
+    rows = read_csv(folder / "robustness.csv")
     names = ["sgd", "sam, rho 0.1", "sam, rho 0.5"]
     assert {row["network"] for row in rows} == set(names)
     worst = {
@@ -60,8 +60,8 @@ def test_the_report(tmp_path):
     assert "| it holds | sgd | 1 % | holds |" in text
     assert "| it does not | sgd | 2 % | **does not hold** |" in text
     assert "linf 2/255 with step 0.5/255" in text
-    assert len(files.read_csv(tmp_path / "robustness.csv")) == 12
-    assert len(files.read_csv(tmp_path / "checks.csv")) == 3
+    assert len(read_csv(tmp_path / "robustness.csv")) == 12
+    assert len(read_csv(tmp_path / "checks.csv")) == 3
 
 
 @pytest.mark.parametrize(

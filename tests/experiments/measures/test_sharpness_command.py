@@ -12,7 +12,7 @@ from experiments import sharpness
 from experiments.measures.sharpness import loss_of, normalised
 from experiments.measures.slices import filter_normalised, measured_slices
 from experiments.measures.trained import trained_in
-from experiments.system import files
+from tests.experiments.rows import read_csv
 from tests.experiments.script import call, refusal
 
 pytestmark = pytest.mark.usefixtures("small_mlp")
@@ -38,7 +38,7 @@ def test_the_command(finished, networks, tmp_path, capsys):
     status, out, err = call(sharpness.main, capsys, *names, *SMALL, "--output", folder)
     assert status == 0, err
     assert out.endswith(f"wrote {folder / 'report.md'} and {folder / 'report.html'}\n")
-    rows = files.read_csv(folder / "sharpness.csv")
+    rows = read_csv(folder / "sharpness.csv")
 
     def numbers(quantity, ball="", at=None, column="value"):
         asked = ("bisam-log, rho 0.1", quantity, ball)
@@ -85,7 +85,7 @@ def test_the_command(finished, networks, tmp_path, capsys):
     assert "| bisam-log, rho 0.1 | 2 |" in text
     assert "first 64 training examples" in text
     assert (folder / "report.html").read_text().count("data:image/svg+xml") == 6
-    slices = files.read_csv(folder / "slices.csv")
+    slices = read_csv(folder / "slices.csv")
     assert len(slices) == 2 * 2 * 3 + 9
 
 

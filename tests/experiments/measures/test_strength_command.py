@@ -8,8 +8,8 @@ import pytest
 from experiments import strength
 from experiments.measures.strength_report import by_radius, differences_of, write_strength_report
 from experiments.measures.strength_run import Measured
-from experiments.system import files
 from tests.experiments.comparison.made_up import TASK
+from tests.experiments.rows import read_csv
 from tests.experiments.script import call, refusal
 
 SMALL = ["--train-examples", 128, "--seeds", 2, "--epochs", 2, "--at", 0, 2, "--batches", 2]
@@ -56,7 +56,7 @@ def test_the_report(tmp_path):
     assert "| log | 0.900 | **+2.50 ± 0.92** |" in text
     assert "| steep | 0.900 | *-2.50 ± 0.92* |" in text
     assert "```sh\nthe command\n```" in text
-    assert len(files.read_csv(tmp_path / "strength.csv")) == 16
+    assert len(read_csv(tmp_path / "strength.csv")) == 16
     assert "data:image/svg+xml" in (tmp_path / "report.html").read_text()
 
 
@@ -68,7 +68,7 @@ def test_the_command(tmp_path, capsys):
     status, out, err = call(strength.main, capsys, *args)
     assert status == 0, err
     assert out.endswith(f"wrote {folder / 'report.md'} and {folder / 'report.html'}\n")
-    rows = files.read_csv(folder / "strength.csv")
+    rows = read_csv(folder / "strength.csv")
     # Methods, seeds, epochs, losses, radii.
     assert len(rows) == 2 * 2 * 2 * 3 * 2
     assert {row["method"] for row in rows} == {"sgd", "sam, rho 0.2"}

@@ -12,7 +12,7 @@ from experiments.comparison.reading import read_results
 from experiments.config.config import Config
 from experiments.data import load
 from experiments.measures.trained import trained_in
-from experiments.system import files
+from tests.experiments.rows import read_csv
 from tests.experiments.run.runs import edit
 from tests.experiments.script import refusal
 
@@ -54,7 +54,7 @@ def test_networks_of_a_comparison_have_the_accuracies_of_its_results(finished):
 
 def test_the_chosen_networks_of_a_comparison(finished):
     found, _ = read(finished, "grid", every_candidate=False)
-    chosen = {row["method"]: row["chosen"] for row in files.read_csv(finished / "grid/summary.csv")}
+    chosen = {row["method"]: row["chosen"] for row in read_csv(finished / "grid/summary.csv")}
     assert sorted(n.name for n in found) == sorted(["sgd", f"sam, {chosen['sam']}"])
 
 

@@ -8,12 +8,13 @@ import numpy as np
 from experiments.run.checkpoints import Checkpoints
 from experiments.run.folder import SEALED, RunFolder, read_config
 from experiments.run.training import experiment_from
-from experiments.system import files, seals
+from experiments.system import seals
+from tests.experiments.rows import read_csv
 
 
 def rows_of(folder):
     """The lines of metrics.csv without the speed."""
-    rows = files.read_csv(folder / "metrics.csv")
+    rows = read_csv(folder / "metrics.csv")
     for row in rows:
         del row["examples_per_second"]
     return rows

@@ -6,7 +6,7 @@ import pytest
 
 from experiments.run import curves
 from experiments.run.folder import COLUMNS, RunFolder
-from experiments.system import files
+from tests.experiments.rows import read_csv
 
 
 def test_a_folder_with_files_is_refused(tmp_path):
@@ -25,7 +25,7 @@ def test_metrics_start_again_with_the_epochs_of_a_checkpoint(tmp_path):
         folder.start_metrics(kept)
         folder.close()
         assert folder.metrics == kept
-        assert [row["epoch"] for row in files.read_csv(tmp_path / "metrics.csv")] == [
+        assert [row["epoch"] for row in read_csv(tmp_path / "metrics.csv")] == [
             str(row["epoch"]) for row in kept
         ]
         assert len(list((tmp_path / "tensorboard").iterdir())) == 1

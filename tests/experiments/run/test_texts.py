@@ -13,9 +13,9 @@ from experiments.data import DatasetError, tokens
 from experiments.run.folder import read_config
 from experiments.run.restoring import accuracy_and_loss, restore
 from experiments.run.training import experiment_from, train
-from experiments.system import files
 from experiments.system.command_line import ArgumentError
 from tests.experiments import tiny_dataset
+from tests.experiments.rows import read_csv
 from tests.experiments.run.runs import rows_of
 
 
@@ -138,7 +138,7 @@ def test_replicas_get_the_numbers_of_runs_by_themselves(folder, tmp_path, monkey
     for name, value in options.items():
         args += [f"--{name.replace('_', '-')}", value]
     compare.main([*map(str, args), "--output", str(tmp_path / "grid")])
-    curves = files.read_csv(tmp_path / "grid" / "curves.csv")
+    curves = read_csv(tmp_path / "grid" / "curves.csv")
     together = [float(row["validation_loss"]) for row in curves if row["run"] == "0"]
     alone = [float(row["validation_loss"]) for row in rows_of(tmp_path / "run")]
     np.testing.assert_allclose(together, alone, rtol=1e-4)

@@ -3,6 +3,7 @@
 import pytest
 
 from experiments.system import files
+from tests.experiments.rows import read_csv
 
 
 def test_text_replaces_a_file_and_leaves_no_other(tmp_path):
@@ -15,7 +16,7 @@ def test_text_replaces_a_file_and_leaves_no_other(tmp_path):
 
 def test_rows_of_a_csv_may_lack_columns(tmp_path):
     files.write_csv(tmp_path / "a.csv", ("x", "y"), [{"x": 1, "y": "a,b"}, {"y": 2}])
-    assert files.read_csv(tmp_path / "a.csv") == [{"x": "1", "y": "a,b"}, {"x": "", "y": "2"}]
+    assert read_csv(tmp_path / "a.csv") == [{"x": "1", "y": "a,b"}, {"x": "", "y": "2"}]
 
 
 def test_a_link_is_replaced_and_not_followed(tmp_path):
