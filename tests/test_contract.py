@@ -106,7 +106,7 @@ def two_steps(method, rho):
 
 
 # One of each kind by default; all in CI.
-_DEFAULT = ("bisam", "gsam", "tilted", "sparse dynamic", "efficient", "look")
+_DEFAULT = ("bisam", "tilted", "sparse dynamic")
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,7 @@ def test_a_quadratic_of_known_spectrum(float64):
     np.testing.assert_allclose(density.sum() * (grid[1] - grid[0]), 1.0, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_mask_gives_the_block_of_its_leaves(float64):
     params, batch = network()
     where = {"w": False, "b": True, "v": True, "c": False}
@@ -166,6 +167,7 @@ def test_batches_microbatches_and_seeds(float64):
     np.testing.assert_allclose(mapped[1], second, rtol=1e-8)
 
 
+@pytest.mark.slow
 def test_leaves_that_are_not_floating_take_no_part():
     params, batch = network(jnp.float32)
     mixed = {**params, "n": jnp.arange(4), "none": None}

@@ -60,6 +60,7 @@ def test_guide():
     assert optax.tree.norm(optax.tree.sub(names["own"], names["shared"])) > 1e-4
 
 
+@pytest.mark.slow
 def test_measuring():
     names = {}
     exec(code_of("docs/measuring.md"), names)

@@ -166,11 +166,12 @@ TWO_GROUPS = mlp_batch(examples=32)
 # do with gradients, which is the same for a group. With microbatches, one whose state is neither
 # counted nor averaged.
 each_grouping = [
-    *((name, None) for name in ("bisam", "sparse fisher", "look")),
-    ("sparse dynamic", 16),
+    *((name, None) for name in ("bisam", "sparse fisher")),
     *(
         pytest.param(*known, marks=pytest.mark.slow)
         for known in [
+            ("look", None),
+            ("sparse dynamic", 16),
             ("friendly", None),
             ("efficient", None),
             ("functional", None),

@@ -7,6 +7,7 @@ Nothing may be lost, wrong or a traceback. It takes about half an hour on two co
 """
 
 import argparse
+import functools
 import random
 import shutil
 import subprocess
@@ -16,57 +17,62 @@ from pathlib import Path
 
 import jax
 
+from experiments import compare, train
 from tests.attacks import kills, resources
-from tests.attacks.damage import damage, verdict
+from tests.attacks.damage import damage, outcome, verdict
+from tests.experiments import test_damage
+from tests.experiments.rows import read_csv
 
 COLUMNS = ("survived", "refused", "lost", "wrong", "traceback")
 
 
+def report_of(folder):
+    """Reports a run or a comparison; returns the outcome and what was read."""
+    output = folder.with_name("report")
+    shutil.rmtree(output, ignore_errors=True)
+    return outcome(compare.main, "--from", folder, "--output", output), lambda: read_csv(
+        output / "runs.csv"
+    )
+
+
+READERS = {
+    "run": {
+        "evaluate": functools.partial(test_damage.read_run, how="evaluate"),
+        "resume": functools.partial(test_damage.read_run, how="resume"),
+        "report": report_of,
+    },
+    "comparison": {"report": report_of},
+}
+
+
 def damages(folder, count, seed):
     """Yields names and verdicts of random damages of a run and of a comparison."""
-    from experiments import compare, train
-    from tests.attacks.damage import outcome
-    from tests.experiments import test_damage
-    from tests.experiments.run.runs import edit
-
-    assert (
-        outcome(
-            train.main,
-            *test_damage.TASK,
-            *("--checkpoint-every", 4, "--devices", 1, "--output", folder / "run"),
-        )[0]
-        == 0
-    )
-    assert outcome(compare.main, *test_damage.GRID, "--output", folder / "grid")[0] == 0
-    ways = ("evaluate", "resume", "compare")
-    right = {way: test_damage.read_run(folder / "run", way)[1]() for way in ways}
-    right["grid"] = test_damage.report_of(folder / "grid")[1]()[0]
+    run = [*test_damage.TASK, "--checkpoint-every", 4, "--devices", 1]
+    assert outcome(train.main, *run, "--output", folder / "run")[0] == 0
+    made = outcome(compare.main, *test_damage.GRID, "--output", folder / "comparison")
+    assert made[0] == 0
     rng = random.Random(seed)
-    for name in ("run", "grid"):
+    for name, readers in READERS.items():
+        right = {way: reads(folder / name)[1]() for way, reads in readers.items()}
         verdicts = Counter()
         for _ in range(count):
-            copy = folder / "copy"
-            shutil.rmtree(copy, ignore_errors=True)
-            shutil.copytree(folder / name, copy)
-            way = rng.choice(ways) if name == "run" else "grid"
-            if way == "resume":
-                edit(copy, "summary.json", '"finished"', '"started"')
-            done = damage(copy, rng)
-            verdict_, result = _read(copy, way, right[way])
-            if verdict_ in ("wrong", "traceback"):
-                print(way, done, result)
-            verdicts[verdict_] += 1
-        yield f"damages of a {'run' if name == 'run' else 'comparison'}", verdicts
+            way = rng.choice(list(readers))
+            verdicts[_damaged(folder / name, way, readers[way], right[way], rng)] += 1
+        yield f"damages of a {name}", verdicts
 
 
-def _read(copy, way, right):
-    from tests.experiments import test_damage
-
-    if way == "grid":
-        result, found = test_damage.report_of(copy)
-        return verdict(result, lambda: found()[0] == right), result
-    result, found = test_damage.read_run(copy, way)
-    return verdict(result, lambda: found() == right), result
+def _damaged(folder, way, reads, right, rng):
+    copy = folder.with_name("copy")
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    if way == "resume":
+        test_damage.not_finished(copy)
+    done = damage(copy, rng)
+    result, found = reads(copy)
+    known = verdict(result, lambda: found() == right)
+    if known in ("wrong", "traceback"):
+        print(way, done, result)
+    return known
 
 
 def attacks(folder, options):

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import optax
+import pytest
 
 import bisam_jax
 from tests.recipes.pages import (
@@ -42,6 +43,7 @@ def test_fsdp():
     assert_close(after, reference(params, batch, bisam_jax.bisam(0.05), optax.adamw(1e-2), *losses))
 
 
+@pytest.mark.slow
 def test_several_hosts():
     names, batch = names_of("several-hosts"), a_batch()
     params, state = names["params"], names["state"]
@@ -51,6 +53,7 @@ def test_several_hosts():
     assert_close(after, reference(params, batch, bisam_jax.bisam(0.05), base, softmax_losses, q))
 
 
+@pytest.mark.slow
 def test_checkpoints(tmp_path, monkeypatch):
     from experiments import train
 

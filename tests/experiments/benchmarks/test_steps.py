@@ -10,6 +10,7 @@ from tests.experiments.script import refusal
 GRADIENTS = {"gsam": (2, 2.67)}
 
 
+@pytest.mark.slow
 def test_every_step_is_timed_and_counted(capsys, monkeypatch):
     few = {name: methods.METHODS[name] for name in ("sgd", *GRADIENTS)}
     monkeypatch.setattr(methods, "METHODS", few)

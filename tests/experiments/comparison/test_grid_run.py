@@ -124,6 +124,7 @@ def test_parts_are_found_again(stopped_in, left, tmp_path, capsys, monkeypatch, 
     assert [row["seed"] for row in read_csv(tmp_path / "new" / "runs.csv")] == [*"012"]
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_what_else_is_trained(tmp_path, capsys):
     """Nor is any of them given to another run."""
     found = {}
@@ -183,6 +184,7 @@ def test_a_run_with_a_number_that_is_not_finite_diverged(column):
     assert (result.status, result.test_accuracy) == ("diverged", None)
 
 
+@pytest.mark.slow
 def test_runs_of_streamed_images_are_trained_by_themselves(tmp_path, capsys):
     tiny_dataset.write(tmp_path, "varied", train=45, sizes=tiny_dataset.VARIED)
     args = ["--dataset", "varied", "--data-dir", tmp_path, "--image-size", 8, "--model", "mlp"]

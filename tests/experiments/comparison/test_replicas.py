@@ -141,6 +141,7 @@ def test_convolutions_of_replicas_at_once_are_products_on_all_devices(monkeypatc
         Replicas(experiment, 2)
 
 
+@pytest.mark.slow
 @with_small_mlp
 def test_one_on_each_device():
     runs = configs(method="bisam-log")

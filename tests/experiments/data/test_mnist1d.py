@@ -38,6 +38,7 @@ def test_sizes(dataset):
     assert np.bincount(dataset.validation.labels).tolist() == pytest.approx([40] * 10, abs=2)
 
 
+@pytest.mark.slow
 def test_the_global_generators_are_left_alone():
     _made.cache_clear()
     random.seed(3)

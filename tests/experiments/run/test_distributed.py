@@ -130,6 +130,7 @@ def test_when_one_process_is_killed_the_other_ends_with_a_message(tmp_path):
     processes[victim].communicate()
 
 
+@pytest.mark.slow
 def test_processes_with_different_options_end(tmp_path):
     processes = start_together("--epochs", 1, cwd=tmp_path, own=[["--seed", 0], ["--seed", 1]])
     for _, err in ends(processes, status=2):

@@ -35,7 +35,7 @@ def config(folder, output, **options):
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(STREAMED, id="streamed"),
+        pytest.param(STREAMED, id="streamed", marks=pytest.mark.slow),
         pytest.param(IN_MEMORY, id="in memory", marks=pytest.mark.slow),
     ],
 )

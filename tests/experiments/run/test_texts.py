@@ -44,6 +44,7 @@ def test_a_run_learns_and_its_tokenizer_is_kept(folder, tmp_path, monkeypatch):
     assert accuracy_and_loss(restored.experiment, restored.state)["test"]["accuracy"] == 1.0
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_bit_for_bit(folder, tmp_path, stopped_at, monkeypatch):
     options = {"method": "sampa", "perturbation": "log", "epochs": 3}
     train(config(folder, tmp_path / "whole", **options))
@@ -101,6 +102,7 @@ def test_a_run_starts_from_another_one_with_other_classes(folder, tmp_path):
         experiment_from(config(folder, None, **options))
 
 
+@pytest.mark.slow
 def test_a_run_with_a_relative_start_is_resumed(folder, tmp_path, stopped_at, monkeypatch):
     """Also from another folder, and after the earlier run is gone."""
     monkeypatch.chdir(tmp_path)
@@ -116,6 +118,7 @@ def test_a_run_with_a_relative_start_is_resumed(folder, tmp_path, stopped_at, mo
     assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_another_network_is_no_start(folder, tmp_path):
     train(config(folder, tmp_path / "first", epochs=1))
     start = {"from_checkpoint": str(tmp_path / "first")}
@@ -126,6 +129,7 @@ def test_another_network_is_no_start(folder, tmp_path):
         experiment_from(config(folder, None, **start | {"tokenizer": "bytes"}))
 
 
+@pytest.mark.slow
 def test_replicas_get_the_numbers_of_runs_by_themselves(folder, tmp_path, monkeypatch):
     """Also if they warm up, and if they start from an earlier run."""
     train(config(folder, tmp_path / "first", epochs=1))

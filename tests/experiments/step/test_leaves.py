@@ -52,7 +52,7 @@ def test_patterns_match_names_and_what_is_below_them():
 
 @pytest.fixture(scope="module")
 def network():
-    apply, params, stats = models.create("cnn", (8, 8, 1), 10, 0, width=4)
+    apply, params, stats = models.create("mlp", (8, 8, 1), 10, 0, width=8)
     images = jax.random.normal(KEY, (16, 8, 8, 1))
     labels = jnp.arange(16, dtype=jnp.int32) % 10
     return apply, params, stats, train_step.Batch(images, labels, labels)
